@@ -1,0 +1,62 @@
+"""AutoDropout: structured dropout patterns, put on any network, and learned for it (Pham & Le, AAAI 2021).
+
+Names are imported when first used: `import autodropout` loads neither Triton nor matplotlib.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+from typing import Any
+
+if TYPE_CHECKING:
+    from .apply import AppliedSite
+    from .apply import apply_policy
+    from .apply import remove_policy
+    from .functional import pattern_dropout
+    from .patterns import BernoulliPattern
+    from .patterns import BlockPattern
+    from .patterns import Pattern
+    from .patterns import TiledPattern
+    from .policy import Policy
+    from .policy import Site
+    from .policy import load_policy
+
+__all__ = [
+    "AppliedSite",
+    "BernoulliPattern",
+    "BlockPattern",
+    "Pattern",
+    "Policy",
+    "Site",
+    "TiledPattern",
+    "__version__",
+    "apply_policy",
+    "load_policy",
+    "pattern_dropout",
+    "remove_policy",
+]
+
+_HOMES = {
+    "AppliedSite": "apply",
+    "BernoulliPattern": "patterns",
+    "BlockPattern": "patterns",
+    "Pattern": "patterns",
+    "Policy": "policy",
+    "Site": "policy",
+    "TiledPattern": "patterns",
+    "apply_policy": "apply",
+    "load_policy": "policy",
+    "pattern_dropout": "functional",
+    "remove_policy": "apply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("autodropout")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

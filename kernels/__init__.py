@@ -1,0 +1,26 @@
+"""Structured dropout as fused ops: tensors, an atlas and a seed go in, nothing of `autodropout` is needed.
+
+The ops are imported when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+from typing import Any
+
+if TYPE_CHECKING:
+    from .atlas import Atlas
+    from .bernoulli import bernoulli_dropout
+    from .block import block_dropout
+    from .tiled import tiled_dropout
+
+__all__ = ["Atlas", "bernoulli_dropout", "block_dropout", "tiled_dropout"]
+
+_HOMES = {"Atlas": "atlas", "bernoulli_dropout": "bernoulli", "block_dropout": "block", "tiled_dropout": "tiled"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

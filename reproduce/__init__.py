@@ -1,0 +1,1 @@
+"""The paper's tables as commands: one script per table, with the models, data and training loop they share."""
