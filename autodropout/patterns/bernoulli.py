@@ -1,0 +1,53 @@
+"""Independent decisions: Dropout, SpatialDropout and DropPath are one pattern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from .base import Pattern
+from .checks import choice
+from .checks import real
+
+SHARED = ("none", "map", "sample")
+
+
+@dataclass(frozen=True)
+class BernoulliPattern(Pattern):
+    """Each decision drops with probability `rate`, independently of all others.
+
+    Args:
+        rate: in [0, 1].
+        shared: what one decision covers: "none" one cell (Dropout, Srivastava et al. 2014), "map" a channel of a sample
+            (SpatialDropout, Tompson et al. 2015), "sample" a whole sample (stochastic depth, Huang et al. 2016).
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+
+    op: ClassVar[str] = "bernoulli"
+    default_normalize: ClassVar[str] = "expected"
+
+    rate: float
+    shared: str = "none"
+
+    def __post_init__(self) -> None:
+        rate = real("rate", self.rate, 0, 1)
+        self._freeze((rate,), rate=rate, shared=choice("shared", self.shared, SHARED))
+
+    def expected_rate(self, height: int, width: int) -> float:
+        """The rate, on every map."""
+        return self.rate
+
+    def scaled(self, factor: float) -> BernoulliPattern:
+        """The pattern with rate * factor, at most 1."""
+        return replace(self, rate=min(self.rate * real("factor", factor, 0), 1.0))
+
+    def _drop(self, x: torch.Tensor, seed: int | torch.Tensor, rank: int) -> torch.Tensor:
+        from ..kernels import bernoulli_dropout
+
+        y: torch.Tensor = bernoulli_dropout(x, self.fields(), seed, shared=self.shared, normalize="none", rank=rank)
+        return y
