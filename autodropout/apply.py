@@ -1,0 +1,214 @@
+"""Puts a policy on a model, and takes it off again.
+
+At each site a child called `pattern_dropout` joins the module whose output is masked, and a forward hook calls it. The
+child has no parameters and no buffers, so the keys of the `state_dict` stay; the hook is a function of this file that
+finds the child through the module it is called for, so copies and pickles of the model keep dropping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .nn import PatternDropout
+from .patterns import Pattern
+from .patterns import TiledPattern
+from .policy import Policy
+from .policy import Site
+from .sites import PLACES
+from .sites import Example
+from .sites import Map
+from .sites import ModelSite
+from .sites import find_sites
+from .sites import skip_child
+
+CHILD = "pattern_dropout"
+MAX_RATE = 0.95
+
+
+@dataclass(frozen=True)
+class AppliedSite:
+    """A site that has a pattern now.
+
+    Args:
+        name: path of the site's module.
+        depth: position in order of execution, from 0 to 1.
+        map: (channels, height, width) of the activation; None if no example was given.
+        pattern: what is dropped there.
+        rate: exact expected dropped share on that map; None if no example was given.
+    """
+
+    name: str
+    depth: float
+    map: Map | None
+    pattern: Pattern
+    rate: float | None
+
+
+class SiteDropout(PatternDropout):
+    """The `PatternDropout` of a site, which remembers how to take it off again."""
+
+    # A pickled model brings the ids of its hooks along; the handle, when unpickled, makes PyTorch count on from there.
+    # Without it the next hook that somebody registers could silently replace ours.
+    handle: RemovableHandle | None = None
+    was_child: bool = False  # stands for a None among the children, rather than among the attributes
+
+    def _get_name(self) -> str:
+        return "PatternDropout"
+
+
+def apply_policy(model: nn.Module, policy: Policy, example: Example | None = None) -> list[AppliedSite]:
+    """Puts the patterns of a policy at the sites of a model, in place.
+
+    If the names of the policy's sites are those of the model's sites, each site gets the pattern of its name, else that
+    of the nearest site in relative depth (ties to the earlier). A tiled pattern with `residual=True` also masks the skip
+    tensor of its residual block, just before the addition, by a draw of its own. Only the last site of a block can have
+    it: a policy that names the sites is refused if it says otherwise, one that moves by depth loses the flag at other
+    sites. The blocks that can be masked so are `BasicBlock` and `Bottleneck` of torchvision's and timm's ResNets and
+    our `WideBlock`.
+
+    The keys of the `state_dict` stay the same, evaluation does what it did, and `deepcopy`, pickling, EMA copies,
+    `torch.compile` and `torch.export` work. Apply the policy before the first run of a compiled model (Dynamo does not
+    look for new hooks) and after `convert_sync_batchnorm` (which loses them). The dropout of a site follows the
+    training flag of its batch normalisation: a frozen one, in evaluation mode, drops nothing.
+
+    Args:
+        model: any module; see `find_sites` for what its sites are.
+        policy: patterns and their sites. A site whose pattern is None is left alone.
+        example: what the model is called with: a tensor (N, C, H, W), a tuple of positional or a mapping of keyword
+            arguments. With it the sites are taken in the order in which they run, and rates are checked; without it in
+            the order in which they are registered.
+
+    Returns:
+        The sites that have a pattern now, place by place, in order.
+
+    Raises:
+        TypeError: `model` is no module or `policy` no policy.
+        ValueError: the model has no sites, or a policy already; the exact expected rate of a pattern on the map of its
+            site is above 0.95 (needs `example`); `residual` where it means nothing. The model is left untouched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy, got {type(policy).__name__}")
+    model = getattr(model, "_orig_mod", model)  # as in `find_sites`
+    if next(_site_dropouts(model), None) is not None:
+        raise ValueError("model has a policy already: call remove_policy first")
+    plan = [step for place in PLACES for step in _plan(model, policy, place, example)]
+    applied = [_applied(site, pattern) for site, pattern in plan]
+
+    for site, pattern in plan:
+        _mask_output(model.get_submodule(site.target), pattern)
+        if site.block is not None and isinstance(pattern, TiledPattern) and pattern.residual:
+            _mask_skip(model.get_submodule(site.block), pattern)
+    return applied
+
+
+def remove_policy(model: nn.Module) -> None:
+    """Takes off what `apply_policy` put on a model, or on the one it is a copy of. Without a policy nothing happens."""
+    for parent, name, dropout in list(_site_dropouts(model)):
+        if dropout.handle is not None:
+            dropout.handle.remove()
+        if dropout.was_child:
+            parent._modules[name] = None
+        else:
+            delattr(parent, name)
+            if name != CHILD:
+                setattr(parent, name, None)
+
+
+def _plan(model: nn.Module, policy: Policy, place: str, example: Example | None) -> list[tuple[ModelSite, Pattern]]:
+    """Which site gets which pattern, checked; sites that get none are left out. Changes nothing."""
+    sources = tuple(site for site in policy.sites if site.place == place)
+    if not sources:
+        return []
+    targets = find_sites(model, example, place)
+    if not targets:
+        reached = "" if example is None else " that the example reaches"
+        raise ValueError(f"model has no sites of place {place!r}{reached}: {type(model).__name__}")
+    by_name = {site.name: site for site in sources}
+    exact = by_name.keys() == {target.name for target in targets}
+    if any(_residual(site.pattern) for site in sources):
+        _check_residual(sources, targets, exact, place)
+    nearest = Policy(sources)
+    plan = []
+    for target in targets:
+        pattern = by_name[target.name].pattern if exact else nearest.pattern_at(target.depth)
+        if isinstance(pattern, TiledPattern) and pattern.residual and target.block is None:
+            pattern = replace(pattern, residual=False)
+        if pattern is not None:
+            plan.append((target, pattern))
+    return plan
+
+
+def _residual(pattern: Pattern | None) -> bool:
+    return isinstance(pattern, TiledPattern) and pattern.residual
+
+
+def _check_residual(sources: tuple[Site, ...], targets: tuple[ModelSite, ...], exact: bool, place: str) -> None:
+    if place != "batch_norm":
+        raise ValueError(f"residual must be False at sites of place {place!r}, got True at {sources[0].name!r}")
+    ends = {target.name for target in targets if target.block is not None}
+    if not ends:
+        raise ValueError(
+            "residual must be False on this model: it has no residual block of a known kind "
+            "(BasicBlock or Bottleneck of torchvision's or timm's ResNets, WideBlock)"
+        )
+    if exact:
+        for site in sources:
+            if _residual(site.pattern) and site.name not in ends:
+                raise ValueError(f"residual must be False at {site.name!r}, which does not end a residual block")
+
+
+def _applied(site: ModelSite, pattern: Pattern) -> AppliedSite:
+    for channels, height, width in site.maps:
+        rate = pattern.expected_rate(height, width)
+        if rate > MAX_RATE:
+            raise ValueError(
+                f"pattern at site {site.name!r} (map {channels}x{height}x{width}) must have an expected rate of "
+                f"at most {MAX_RATE}, got {rate:.4f}: {pattern!r}"
+            )
+    if site.map is None:
+        return AppliedSite(site.name, site.depth, None, pattern, None)
+    return AppliedSite(site.name, site.depth, site.map, pattern, pattern.expected_rate(*site.map[1:]))
+
+
+def _mask_output(module: nn.Module, pattern: Pattern) -> None:
+    dropout = SiteDropout(pattern).train(module.training)
+    module.add_module(CHILD, dropout)
+    if not isinstance(module, nn.Sequential):  # an empty one, see _mask_skip: it runs its children by itself
+        dropout.handle = module.register_forward_hook(_drop)
+
+
+def _mask_skip(block: nn.Module, pattern: Pattern) -> None:
+    """Masks the skip tensor of a block of a known kind, by a draw of its own."""
+    name = skip_child(block)
+    assert name is not None
+    module = getattr(block, name)
+    if module is None:  # both libraries then add the input itself, and call the child when there is one
+        dropout = SiteDropout(pattern).train(block.training)
+        dropout.was_child = name in block._modules
+        setattr(block, name, dropout)
+        return
+    while isinstance(module, nn.Sequential) and len(module) > 0:
+        module = module[-1]
+    _mask_output(module, pattern)
+
+
+def _drop(module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    """The forward hook of every site: a function at the top of a file, so that it can be pickled."""
+    masked: torch.Tensor = module.pattern_dropout(output)  # type: ignore[operator]
+    return masked
+
+
+def _site_dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, SiteDropout]]:
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, SiteDropout):
+                yield module, name, child

@@ -1,0 +1,87 @@
+"""One function for all patterns: it picks the op, the op does the work."""
+
+from __future__ import annotations
+
+import torch
+
+from .kernels import bernoulli_dropout
+from .kernels import block_dropout
+from .kernels import tiled_dropout
+from .patterns import BernoulliPattern
+from .patterns import BlockPattern
+from .patterns import Pattern
+from .patterns import TiledPattern
+
+
+def pattern_dropout(
+    x: torch.Tensor,
+    pattern: Pattern,
+    training: bool = True,
+    seed: int | torch.Tensor | None = None,
+    normalize: str | None = None,
+    rank: int | None = None,
+) -> torch.Tensor:
+    """Drops what `pattern` says and scales the rest.
+
+    Works inside `torch.compile(fullgraph=True)`; another pattern of the same kind (and sharing) does not recompile. The
+    `residual` flag of a tiled pattern means nothing here: it speaks of a second tensor, see `apply_policy`.
+
+    Args:
+        x: activation (N, C, H, W), or any shape with the batch first for a `BernoulliPattern` that the op allows;
+            float64, float32, float16 or bfloat16.
+        pattern: what is dropped together.
+        training: False returns x itself.
+        seed: integer in [-2^63, 2^64), or a 0-d int64 tensor on x's device; None draws one from PyTorch's default
+            generator of that device.
+        normalize: `"mask"` divides by the kept share of the mask drawn, `"expected"` by the expected one, `"none"`
+            scales nothing; None is the pattern's default (`"mask"`, the paper's, for tiled ones, else `"expected"`).
+        rank: enters the random numbers so that ranks draw different masks; None is the global rank under
+            `torch.distributed`, 0 otherwise.
+
+    Returns:
+        A tensor with x's shape, dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is stated above; the message names it.
+    """
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a Pattern, got {pattern!r} of type {type(pattern).__name__}")
+    if not training:
+        return x
+    return dispatch(
+        x,
+        pattern.op,
+        pattern.fields(),
+        sharing(pattern),
+        pattern.default_normalize if normalize is None else normalize,
+        seed,
+        rank,
+    )
+
+
+def sharing(pattern: Pattern) -> str | bool:
+    """The one field of a pattern that a compiled graph is specialised on: what a decision is shared by."""
+    if isinstance(pattern, BernoulliPattern):
+        return pattern.shared
+    if isinstance(pattern, (TiledPattern, BlockPattern)):
+        return pattern.share_c
+    raise TypeError(f"pattern must be a TiledPattern, BernoulliPattern or BlockPattern, got {pattern!r}")
+
+
+def dispatch(
+    x: torch.Tensor,
+    op: str,
+    fields: torch.Tensor,
+    shared: str | bool,
+    normalize: str,
+    seed: int | torch.Tensor | None = None,
+    rank: int | None = None,
+) -> torch.Tensor:
+    """Calls the op named `op` with a pattern taken apart: `fields` as of `Pattern.fields`, `shared` as of `sharing`."""
+    if op == "tiled":
+        y: torch.Tensor = tiled_dropout(x, fields, seed, share_c=bool(shared), normalize=normalize, rank=rank)
+    elif op == "block":
+        y = block_dropout(x, fields, seed, share_c=bool(shared), normalize=normalize, rank=rank)
+    else:
+        y = bernoulli_dropout(x, fields, seed, shared=str(shared), normalize=normalize, rank=rank)
+    return y

@@ -1,0 +1,159 @@
+"""Modules: one for all patterns, and the names under which people know the classical ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from .functional import dispatch
+from .functional import sharing
+from .patterns import BernoulliPattern
+from .patterns import BlockPattern
+from .patterns import Pattern
+from .patterns.checks import choice
+from .patterns.checks import flag
+from .patterns.checks import real
+
+NORMALIZE = ("mask", "expected", "none")
+
+
+class PatternDropout(nn.Module):
+    """Dropout with any pattern: `pattern_dropout` as a module. In evaluation it returns its input itself.
+
+    `module.pattern = p` may be set at any time, for example by a schedule; under `torch.compile` it never recompiles as
+    long as the kind of pattern, its `share_c` (`shared`) and `normalize` stay the same.
+
+    Shape: (N, C, H, W), or any shape with the batch first for a `BernoulliPattern`; the output has the input's shape,
+    dtype and memory format.
+
+    Args:
+        pattern: what is dropped together.
+        normalize: `"mask"`, `"expected"` or `"none"`; None is the pattern's default.
+
+    Raises:
+        TypeError: `pattern` is not a pattern, or `normalize` not a string.
+        ValueError: `normalize` is none of the above.
+    """
+
+    # Plain attributes, no buffer: a buffer would follow the module to the GPU, and reading it costs a host sync. What
+    # Dynamo sees of a pattern is a graph input (the numbers) and constants (the op, what a decision is shared by).
+    _pattern: Pattern
+    _fields: torch.Tensor
+    _op: str
+    _shared: str | bool
+    _default_normalize: str
+
+    def __init__(self, pattern: Pattern, normalize: str | None = None) -> None:
+        super().__init__()
+        self.normalize = None if normalize is None else choice("normalize", normalize, NORMALIZE)
+        self.pattern = pattern
+
+    @property
+    def pattern(self) -> Pattern:
+        return self._pattern
+
+    @pattern.setter
+    def pattern(self, pattern: Pattern) -> None:
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"pattern must be a Pattern, got {pattern!r} of type {type(pattern).__name__}")
+        self._shared = sharing(pattern)
+        self._op = pattern.op
+        self._default_normalize = pattern.default_normalize
+        self._fields = pattern.fields()
+        self._pattern = pattern
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        normalize = self._default_normalize if self.normalize is None else self.normalize
+        return dispatch(x, self._op, self._fields, self._shared, normalize)
+
+    def extra_repr(self) -> str:
+        values = [
+            f"{field.name}={getattr(self.pattern, field.name)!r}"
+            for field in dataclasses.fields(self.pattern)
+            if getattr(self.pattern, field.name) != field.default
+        ]
+        normalize = "" if self.normalize is None else f", normalize={self.normalize!r}"
+        return f"{type(self.pattern).__name__}({', '.join(values)}){normalize}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # torch.load moves every tensor to `map_location`: the fields are made again, on the CPU.
+        self.pattern = self._pattern
+
+
+class SpatialDropout2d(PatternDropout):
+    """Drops whole channels of x (N, C, H, W) with probability `p`, scaled by 1 / (1 - p); as `torch.nn.Dropout2d`.
+
+    Raises:
+        TypeError, ValueError: `p` is not a number in [0, 1].
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(BernoulliPattern(rate=real("p", p, 0.0, 1.0), shared="map"))
+
+    @property
+    def p(self) -> float:
+        return _rate(self)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class DropPath(PatternDropout):
+    """Drops whole samples of x (batch first) with probability `drop_prob`: stochastic depth, for the end of a residual
+    branch; as `timm.layers.DropPath`.
+
+    Args:
+        drop_prob: in [0, 1].
+        scale_by_keep: scale what is kept by 1 / (1 - drop_prob).
+
+    Raises:
+        TypeError, ValueError: an argument is not what is stated above.
+    """
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
+        scale = flag("scale_by_keep", scale_by_keep)
+        pattern = BernoulliPattern(rate=real("drop_prob", drop_prob, 0.0, 1.0), shared="sample")
+        super().__init__(pattern, normalize="expected" if scale else "none")
+
+    @property
+    def drop_prob(self) -> float:
+        return _rate(self)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}" + ("" if self.normalize == "expected" else ", scale_by_keep=False")
+
+
+class DropBlock2d(PatternDropout):
+    """Drops squares of side `block_size` of x (N, C, H, W), each channel its own; as `torchvision.ops.DropBlock2d`.
+
+    The expected dropped share is `p` itself, on every map, where the usual formula ignores overlaps and borders.
+
+    Args:
+        p: expected dropped share, in [0, 0.95].
+        block_size: side of a square in cells, at least 1.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is stated above.
+    """
+
+    def __init__(self, p: float, block_size: int) -> None:
+        super().__init__(BlockPattern(rate=real("p", p, 0.0, 0.95), block_size=block_size))
+
+    @property
+    def p(self) -> float:
+        return _rate(self)
+
+    def extra_repr(self) -> str:
+        assert isinstance(self.pattern, BlockPattern)
+        return f"p={self.p}, block_size={self.pattern.block_size}"
+
+
+def _rate(module: PatternDropout) -> float:
+    assert isinstance(module.pattern, (BernoulliPattern, BlockPattern))
+    return module.pattern.rate

@@ -1,0 +1,187 @@
+"""The sites of a model: where a policy puts its patterns.
+
+Two places are known (Pham & Le 2021 mask the output of batch normalisation; the second is ours, for stochastic depth):
+
+- `"batch_norm"`: the output of every `BatchNorm2d` (and subclasses, and `SyncBatchNorm`), before the activation, except
+  on a shortcut branch: a module whose path has a component named `downsample`, `shortcut` or `skip`.
+- `"branch"`: the output of every `nn.Identity` that is called `branch`, the end of a residual branch by the convention
+  of `autodropout.reproduce.models.wide_resnet`.
+
+The order is that of the execution, found by running an example; depth is the position in it, from 0 to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Example = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+Map = tuple[int, int, int]
+
+PLACES = ("batch_norm", "branch")
+SHORTCUT_NAMES = frozenset({"downsample", "shortcut", "skip"})
+
+# Residual blocks whose skip tensor can be masked just before the addition, and the child that makes that tensor. Found
+# by name through the MRO, so that subclasses count and neither library is imported.
+SKIP_CHILDREN = {
+    ("torchvision.models.resnet", "BasicBlock"): "downsample",
+    ("torchvision.models.resnet", "Bottleneck"): "downsample",
+    ("timm.models.resnet", "BasicBlock"): "downsample",
+    ("timm.models.resnet", "Bottleneck"): "downsample",
+    ("autodropout.reproduce.models.wide_resnet", "WideBlock"): "shortcut",
+}
+
+
+@dataclass(frozen=True)
+class ModelSite:
+    """One site of a model.
+
+    Args:
+        name: path of the module in the model.
+        depth: position in order of execution, from 0 (the first site) to 1 (the last); 0 for a single site.
+        place: one of `PLACES`.
+        maps: (channels, height, width) of the output, every size seen with the example, in order; empty without one.
+        target: path of the module whose output is masked; another than `name` where the normalisation brings its
+            activation along.
+        block: path of the residual block, of a known kind, whose last site this is; else None.
+    """
+
+    name: str
+    depth: float
+    place: str
+    maps: tuple[Map, ...]
+    target: str
+    block: str | None
+
+    @property
+    def map(self) -> Map | None:
+        """The first map; a module that is shared may see several."""
+        return self.maps[0] if self.maps else None
+
+
+def find_sites(model: nn.Module, example: Example | None = None, place: str = "batch_norm") -> tuple[ModelSite, ...]:
+    """The sites of a model, in order of execution.
+
+    Args:
+        model: any module. It is run once on the example, in evaluation mode and without gradients; training flags,
+            buffers and the random number generators are put back.
+        example: what the model is called with: a tensor (N, C, H, W), a tuple of positional or a mapping of keyword
+            arguments. Modules that it does not reach are no sites. None: order of registration, and no maps.
+        place: one of `PLACES`.
+
+    Returns:
+        A tuple of sites, empty if there are none.
+
+    Raises:
+        ValueError: `place` is unknown.
+    """
+    if place not in PLACES:
+        raise ValueError(f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}")
+    # A compiled model is looked at from inside: the wrapper would add a component to every path.
+    model = getattr(model, "_orig_mod", model)
+    candidates = {name: module for name, module in model.named_modules() if _is_site(name, module, place)}
+    maps: dict[str, tuple[Map, ...]]
+    maps = dict.fromkeys(candidates, ()) if example is None else _trace(model, candidates, example)
+    blocks = {name: _block_of(model, name) if place == "batch_norm" else None for name in maps}
+    last = {block: name for name, block in blocks.items()}
+    return tuple(
+        ModelSite(
+            name=name,
+            depth=position / max(1, len(maps) - 1),
+            place=place,
+            maps=seen,
+            target=_target(name, candidates[name]),
+            block=blocks[name] if last[blocks[name]] == name else None,
+        )
+        for position, (name, seen) in enumerate(maps.items())
+    )
+
+
+def skip_child(block: nn.Module) -> str | None:
+    """The name of the child that makes the skip tensor of a residual block, or None if its kind is not known."""
+    for kind in type(block).__mro__:
+        name = SKIP_CHILDREN.get((kind.__module__, kind.__name__))
+        if name is not None:
+            return name
+    return None
+
+
+def _is_site(name: str, module: nn.Module, place: str) -> bool:
+    parts = name.split(".")
+    if place == "branch":
+        return parts[-1] == "branch" and isinstance(module, nn.Identity)
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and SHORTCUT_NAMES.isdisjoint(parts)
+
+
+def _target(name: str, module: nn.Module) -> str:
+    # timm's BatchNormAct2d normalises, calls `drop`, then `act`: a pattern belongs between the two.
+    if isinstance(getattr(module, "drop", None), nn.Module) and isinstance(getattr(module, "act", None), nn.Module):
+        return f"{name}.drop" if name else "drop"
+    return name
+
+
+def _block_of(model: nn.Module, name: str) -> str | None:
+    """The path of the innermost residual block of a known kind around the module called `name`."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, -1, -1):
+        path = ".".join(parts[:length])
+        if skip_child(model.get_submodule(path)) is not None:
+            return path
+    return None
+
+
+def _trace(model: nn.Module, candidates: dict[str, nn.Module], example: Example) -> dict[str, tuple[Map, ...]]:
+    """The maps seen by each candidate, in the order in which they first ran."""
+    maps: dict[str, tuple[Map, ...]] = {}
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.dim() == 4:
+                seen = (output.shape[1], output.shape[2], output.shape[3])
+                before = maps.setdefault(name, ())
+                maps[name] = before if seen in before else (*before, seen)
+
+        return module.register_forward_hook(record)
+
+    handles = [watch(name, module) for name, module in candidates.items()]
+    try:
+        with _untouched(model), torch.no_grad():
+            if isinstance(example, Mapping):
+                model(**example)
+            elif isinstance(example, tuple):
+                model(*example)
+            else:
+                model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maps
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; training flags, buffers and random numbers as before when it is left."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(device.index for device in devices)):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+            for module, before in buffers:
+                module._buffers.clear()
+                module._buffers.update(before)
+            with torch.no_grad():
+                for buffer, value in values:
+                    if not buffer.is_meta and not torch.equal(buffer, value):
+                        buffer.copy_(value)
