@@ -67,11 +67,11 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     """Puts the patterns of a policy at the sites of a model, in place.
 
     If the names of the policy's sites are those of the model's sites, each site gets the pattern of its name, else that
-    of the nearest site in relative depth (ties to the earlier). A tiled pattern with `residual=True` also masks the skip
-    tensor of its residual block, just before the addition, by a draw of its own. Only the last site of a block can have
-    it: a policy that names the sites is refused if it says otherwise, one that moves by depth loses the flag at other
-    sites. The blocks that can be masked so are `BasicBlock` and `Bottleneck` of torchvision's and timm's ResNets and
-    our `WideBlock`.
+    of the nearest site in relative depth (ties to the earlier). A tiled pattern with `residual=True` masks the skip
+    tensor of its residual block too, just before the addition, by a draw of its own. Only the last site of a block can
+    have it: a policy that names the sites is refused if it says otherwise, one that moves by depth loses the flag at
+    other sites. The blocks that can be masked so are `BasicBlock` and `Bottleneck` of torchvision's and timm's ResNets
+    and our `WideBlock`.
 
     The keys of the `state_dict` stay the same, evaluation does what it did, and `deepcopy`, pickling, EMA copies,
     `torch.compile` and `torch.export` work. Apply the policy before the first run of a compiled model (Dynamo does not
