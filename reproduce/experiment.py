@@ -1,0 +1,334 @@
+"""Tunes every method, trains the final models, and keeps what is done: the same command goes on where it stopped.
+
+    runs/<name>-<key>/run.json       the settings behind the key, and the name of this run's file in results/
+    runs/<name>-<key>/<model>.pt     checkpoint of a model in training, removed when it is finished
+    runs/<name>-<key>/<model>.json   record of a finished model
+    results/<name>-<date>-<key>.jsonl   the records, one line a model; written here and never read
+
+Keys are hashes of everything that determines a result, the source files included: changed code trains anew. A record
+is stored under runs/ first and then appended to results/; at every start that file is rewritten, whole and atomically,
+from the records. So a line is neither lost nor doubled whenever the process is killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from filelock import Timeout
+
+from autodropout import Policy
+from autodropout import apply_policy
+
+from .data import ImageData
+from .methods import STRENGTHS
+from .methods import method_policy
+from .training import Recipe
+from .training import build_model
+from .training import example_input
+from .training import train_model
+from .training import write_atomically
+
+SCHEMA = 1
+# Seeds of tuning are far from those of the final models, whose seeds begin at 0.
+TUNING_SEED = 1000
+# What only shows results; everything else in the package may change one.
+PRESENTATION = ("report.py", "draw.py", "cli.py")
+PACKAGES = ("autodropout", "autodropout.kernels", "autodropout.reproduce")
+
+
+class RunError(ValueError):
+    """The experiment cannot start; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment. `final_on_all`: the final models are trained on training and validation images together."""
+
+    name: str
+    preset: str
+    recipe: Recipe
+    methods: tuple[str, ...]
+    seeds: int
+    tuning_seeds: int
+    final_on_all: bool
+    policy_name: str
+    policy: Policy
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train. `phase` "tune" is measured on the validation images, "final" on the test images."""
+
+    phase: str
+    method: str
+    strength: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Final accuracies in [0, 1] of one method at its tuned strength, by seed 0, 1, ..."""
+
+    method: str
+    strength: float | None
+    accuracies: tuple[float, ...]
+
+
+def check_policies(settings: Settings, data: ImageData) -> None:
+    """Puts every policy of the experiment on its network once, so that a refusal comes before any training.
+
+    Raises:
+        RunError: naming method, strength and what `apply_policy` refuses.
+    """
+    for method in settings.methods:
+        for strength in STRENGTHS[method] or (None,):
+            try:
+                model = build_model(settings.recipe, data.train.images, data.classes, seed=0)
+                apply_policy(model, _policy(settings, data, method, strength), example=example_input(data.train.images))
+            except (ValueError, TypeError) as error:
+                raise RunError(f"{method} at strength {strength}: {' '.join(str(error).split())}") from error
+
+
+class Experiment:
+    """Runs one `Settings` on one `ImageData`, in `folder` (the current directory's runs/ and results/).
+
+    Raises:
+        RunError: the same experiment is being run by another process.
+    """
+
+    def __init__(self, settings: Settings, data: ImageData, device: torch.device, folder: Path = Path()) -> None:
+        self.settings, self.data, self.device = settings, data, device
+        shared = {
+            "schema": SCHEMA,
+            "recipe": dataclasses.asdict(settings.recipe),
+            "data": data.fingerprint,
+            "final_on_all": settings.final_on_all,
+            "policy": settings.policy.to_json(),
+            "versions": versions(),
+            "source": source_fingerprint(),
+            # Kernels, and so the last bits, differ between processors and numbers of threads.
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+        }
+        self.shared = shared
+        key = _key(shared)
+        self.runs = folder / "runs" / f"{settings.name}-{key}"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.runs / "lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"another process is running this experiment (it holds {self.runs / 'lock'})") from None
+        state = self.runs / "run.json"
+        if not state.exists():
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            _write_json(state, {"results": f"{settings.name}-{stamp}-{key}.jsonl", **shared})
+        self.results = folder / "results" / json.loads(state.read_text(encoding="utf-8"))["results"]
+        stored = [json.loads(path.read_text(encoding="utf-8")) for path in self.runs.glob("*.json") if path != state]
+        self.records: dict[str, dict[str, Any]] = {
+            record["key"]: record for record in sorted(stored, key=lambda record: record["number"])
+        }
+        for key in self.records:  # left over by a kill between the record and the removal
+            (self.runs / f"{key}.pt").unlink(missing_ok=True)
+        if self.records:
+            self._rewrite_results()
+
+    def __enter__(self) -> Experiment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+    def tuning_jobs(self) -> list[Job]:
+        """The same number of trials for every method that has a strength."""
+        seeds = range(TUNING_SEED, TUNING_SEED + self.settings.tuning_seeds)
+        return [
+            Job("tune", method, strength, seed)
+            for method in self.settings.methods
+            for strength in STRENGTHS[method]
+            for seed in seeds
+        ]
+
+    def model_count(self) -> int:
+        """Models of the whole experiment, finished ones included."""
+        return len(self.tuning_jobs()) + len(self.settings.methods) * self.settings.seeds
+
+    def run(self, on_model: Callable[[Job], None], on_epoch: Callable[[], None]) -> list[Result]:
+        """Trains what is not yet done and returns the results in the order of the methods.
+
+        `on_model` is called before each model, `on_epoch` once per epoch, both also for those already done.
+        """
+
+        def train(job: Job) -> float:
+            on_model(job)
+            return self.accuracy(job, on_epoch)
+
+        trials = {job: train(job) for job in self.tuning_jobs()}
+        chosen = {method: _best(method, trials) for method in self.settings.methods}
+        # Seed by seed, so that what an interrupted run has is paired.
+        jobs = [Job("final", m, chosen[m], seed) for seed in range(self.settings.seeds) for m in self.settings.methods]
+        finals = {job: train(job) for job in jobs}
+        return [
+            Result(m, chosen[m], tuple(a for job, a in finals.items() if job.method == m))
+            for m in self.settings.methods
+        ]
+
+    def accuracy(self, job: Job, on_epoch: Callable[[], None] = lambda: None) -> float:
+        """The accuracy of one model: recorded, or trained now and then recorded."""
+        policy = _policy(self.settings, self.data, job.method, job.strength)
+        key = _key({**self.shared, "job": dataclasses.asdict(job), "applied": policy.to_json()})
+        if key in self.records:
+            for _ in range(self.settings.recipe.epochs):
+                on_epoch()
+        else:
+            data = self.data
+            train = data.train + data.valid if job.phase == "final" and self.settings.final_on_all else data.train
+            evaluation = data.valid if job.phase == "tune" else data.test
+            checkpoint = self.runs / f"{key}.pt"
+            outcome = train_model(
+                self.settings.recipe,
+                policy,
+                train,
+                evaluation,
+                data.classes,
+                job.seed,
+                self.device,
+                checkpoint,
+                on_epoch,
+            )
+            self._store(self._record(job, key, outcome.accuracy, outcome.seconds, len(train), len(evaluation)))
+            checkpoint.unlink()
+        accuracy: float = self.records[key]["accuracy"]
+        return accuracy
+
+    def _record(
+        self, job: Job, key: str, accuracy: float, seconds: float, trained_on: int, measured_on: int
+    ) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "schema": SCHEMA,
+            "key": key,
+            "number": len(self.records),
+            "experiment": settings.name,
+            "preset": settings.preset,
+            "phase": job.phase,
+            "method": job.method,
+            "policy": settings.policy_name if job.method == "autodropout" else None,
+            "strength": job.strength,
+            "seed": job.seed,
+            "metric": "accuracy",
+            "split": "validation" if job.phase == "tune" else "test",
+            "accuracy": accuracy,
+            "arguments": {
+                **dataclasses.asdict(settings.recipe),
+                "train_images": trained_on,
+                "evaluation_images": measured_on,
+                "final_on_all": settings.final_on_all,
+            },
+            "data": {"title": self.data.title, "fingerprint": self.data.fingerprint},
+            "seconds": round(seconds, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": self.shared["versions"],
+            "device": self.shared["device"],
+            "threads": self.shared["threads"],
+            "source": self.shared["source"],
+            "commit": commit(),
+        }
+
+    def _store(self, record: dict[str, Any]) -> None:
+        _write_json(self.runs / f"{record['key']}.json", record)
+        self.records[record["key"]] = record
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.results, "ab") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _rewrite_results(self) -> None:
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        lines = b"".join(_line(record) for record in self.records.values())
+        write_atomically(self.results, lambda file: file.write(lines))
+
+
+def source_fingerprint(packages: Sequence[str] = PACKAGES) -> str:
+    """SHA-256 (hex) of the Python and JSON files of the packages, without those that only show results."""
+    digest = hashlib.sha256()
+    for package in packages:
+        root = Path(importlib.import_module(package).__path__[0])
+        for path in sorted([*root.rglob("*.py"), *root.rglob("*.json")]):
+            if path.name not in PRESENTATION:
+                digest.update(f"{package}/{path.relative_to(root).as_posix()}\0".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that take part in a training."""
+    names = ("autodropout", "torch", "torchvision", "numpy", "scikit-learn", "datasets", "pillow")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu" with the instruction set that PyTorch's kernels use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@cache
+def commit() -> str | None:
+    """The git commit of the checkout with this file, "+dirty" if tracked files differ; None outside of a checkout."""
+
+    def git(*command: str) -> str:
+        folder = Path(__file__).resolve().parent
+        run = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _policy(settings: Settings, data: ImageData, method: str, strength: float | None) -> Policy:
+    blocks = (settings.recipe.depth - 4) // 2
+    return method_policy(method, strength, blocks, data.block_size, settings.policy)
+
+
+def _best(method: str, trials: dict[Job, float]) -> float | None:
+    """The strength with the best mean validation accuracy; the weaker of equals."""
+    if not STRENGTHS[method]:
+        return None
+    totals = dict.fromkeys(STRENGTHS[method], 0.0)
+    for job, accuracy in trials.items():
+        if job.method == method and job.strength is not None:
+            totals[job.strength] += accuracy
+    return max(sorted(totals), key=lambda strength: totals[strength])
+
+
+def _key(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))

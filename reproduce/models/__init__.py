@@ -1,0 +1,1 @@
+"""The networks of the experiments that torchvision and timm do not have."""

@@ -1,0 +1,181 @@
+"""Trains one network: the loop, its checkpoint after every epoch, and the exact continuation from it.
+
+Every random number of an epoch derives from (seed, epoch), so a training that was killed and continued ends in the same
+weights bit for bit (on a GPU: as far as cuDNN's own kernels repeat themselves).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autodropout import Policy
+from autodropout import apply_policy
+
+from .augment import derive
+from .augment import epoch_batches
+from .data import Split
+from .models.wide_resnet import WideResNet
+
+MOMENTUM = 0.9
+EVAL_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What determines a training besides data, policy and seed.
+
+    SGD with Nesterov momentum 0.9, weight decay on all parameters, learning rate from `learning_rate` to 0 along a
+    cosine over all steps (the schedule is our choice; the rest is that of the wide residual networks' paper).
+    """
+
+    depth: int
+    width: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    augment: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`accuracy` in [0, 1] on the evaluation split after the last epoch; `seconds` of training in all sittings."""
+
+    accuracy: float
+    seconds: float
+
+
+def build_model(recipe: Recipe, images: torch.Tensor, classes: int, seed: int) -> WideResNet:
+    """The network of the recipe for images `(N, C, H, W)`, its weights a function of `seed` alone."""
+    torch.manual_seed(derive(seed, "weights"))
+    return WideResNet(recipe.depth, recipe.width, classes, images.shape[1])
+
+
+def train_model(
+    recipe: Recipe,
+    policy: Policy,
+    train: Split,
+    evaluation: Split,
+    classes: int,
+    seed: int,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Trains from scratch, or on from `checkpoint` if that file exists, and measures the accuracy on `evaluation`.
+
+    `on_epoch` is called once for every epoch of the recipe, also for those the checkpoint has already behind it.
+    `checkpoint` is written after every epoch and left where it is.
+    """
+    model = build_model(recipe, train.images, classes, seed)
+    apply_policy(model, policy, example=example_input(train.images))
+    on_gpu = device.type == "cuda"
+    model.to(device)
+    if on_gpu:
+        model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.learning_rate, MOMENTUM, weight_decay=recipe.weight_decay, nesterov=True
+    )
+    half = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and half == torch.float16)
+    state: dict[str, Any] = {"epoch": 0, "seconds": 0.0}
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    seconds: float = state["seconds"]
+    scores = cast(nn.Module, torch.compile(model)) if on_gpu else model
+    normalise = Normalise(train.images, device)
+    for epoch in range(recipe.epochs):
+        on_epoch()
+        if epoch < state["epoch"]:
+            continue
+        start = time.perf_counter()
+        # The masks draw from the default generators; shuffling and augmentation have their own.
+        torch.manual_seed(derive(seed, epoch, "masks"))
+        model.train()
+        workers = min(8, os.cpu_count() or 1) if on_gpu else 0
+        steps = max(1, len(train) // recipe.batch_size)
+        batches = epoch_batches(train, recipe.augment, seed, epoch, recipe.batch_size, device, workers)
+        for step, (images, labels) in enumerate(batches):
+            progress = (epoch * steps + step) / (recipe.epochs * steps)
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, half, enabled=on_gpu):
+                loss = F.cross_entropy(scores(normalise(images)), labels)
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        seconds += time.perf_counter() - start
+        if checkpoint is not None:
+            contents = {
+                "epoch": epoch + 1,
+                "seconds": seconds,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
+            write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
+    return Outcome(accuracy(model, evaluation, normalise, device), seconds)
+
+
+class Normalise:
+    """Zero mean and unit variance per channel over the images given first, which are training images."""
+
+    def __init__(self, images: torch.Tensor, device: torch.device) -> None:
+        # From the histogram: exact, and no float copy of the data set.
+        levels = torch.arange(256, dtype=torch.float64)
+        means, deviations = [], []
+        for channel in range(images.shape[1]):
+            share = torch.bincount(images[:, channel].flatten(), minlength=256).double()
+            share /= share.sum()
+            mean = (share * levels).sum()
+            means.append(mean)
+            deviations.append(((share * (levels - mean) ** 2).sum()).sqrt().clamp(min=1.0))
+        self.mean = torch.stack(means).float().view(1, -1, 1, 1).to(device)
+        self.deviation = torch.stack(deviations).float().view(1, -1, 1, 1).to(device)
+        self.memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return ((images.float() - self.mean) / self.deviation).contiguous(memory_format=self.memory_format)
+
+
+def accuracy(model: nn.Module, split: Split, normalise: Normalise, device: torch.device) -> float:
+    """Share of `split` classified correctly, in evaluation mode and full precision."""
+    model.eval()
+    correct = 0
+    with torch.inference_mode():
+        for start in range(0, len(split), EVAL_BATCH):
+            chosen = slice(start, start + EVAL_BATCH)
+            guesses = model(normalise(split.images[chosen].to(device))).argmax(1).cpu()
+            correct += int((guesses == split.labels[chosen]).sum())
+    return correct / len(split)
+
+
+def example_input(images: torch.Tensor) -> torch.Tensor:
+    """Two images' worth of zeros, from which `apply_policy` learns the sizes of the maps."""
+    return torch.zeros(2, *images.shape[1:])
+
+
+def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
+    """Writes to a temporary neighbour, flushes it to disk and renames it: `path` is the old file or the new, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
