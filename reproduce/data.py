@@ -165,13 +165,14 @@ def _decode(table: Any, part: str) -> Split:
     labels = np.empty(len(table), dtype=np.int64)
     row = 0
     try:
-        for row, example in enumerate(table):
+        for example in table:
             pixels = np.asarray(example["img"].convert("RGB"))
             if pixels.shape != images.shape[1:]:
                 raise DataError(f"{part} row {row}: the image must be 32x32, is {pixels.shape[1]}x{pixels.shape[0]}")
             if not 0 <= int(example["label"]) < 10:
                 raise DataError(f"{part} row {row}: the label must be in 0..9, is {example['label']}")
             images[row], labels[row] = pixels, example["label"]
+            row += 1
     except DataError:
         raise
     except Exception as error:  # whatever Pillow or pyarrow raise on damaged bytes
