@@ -10,6 +10,7 @@ from dataclasses import field
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
 
 from .patterns import Pattern
@@ -19,12 +20,15 @@ from .patterns.checks import json_object
 from .patterns.checks import prefixed
 from .patterns.checks import real
 
+if TYPE_CHECKING:
+    from importlib.abc import Traversable  # moved to importlib.resources.abc in Python 3.11
+
 SCHEMA = 1  # version of the file format
 MASKS = 1  # version of the bit definitions: the same pattern and seed drop the same cells
 PLACES = ("batch_norm",)
 
-# Depths are quotients of site counts, rounded to floats, so that an exact tie may differ in the last bit. Distances that
-# are truly different differ by more than this for networks of up to ten thousand sites.
+# Depths are quotients of site counts, rounded to floats, so that the distances of an exact tie may differ in the last
+# bit. Distances that do differ are further apart than this in networks of up to ten thousand sites.
 _TIE = 1e-9
 
 
@@ -84,7 +88,7 @@ class Policy:
 
     Args:
         sites: at least one; names differ.
-        provenance: where the policy comes from, anything that JSON can hold. It is copied, and it is no part of the hash.
+        provenance: where the policy comes from, an object of anything that JSON can hold. Copied; no part of the hash.
 
     Raises:
         TypeError, ValueError: beginning with the path of the offending field.
@@ -114,7 +118,7 @@ class Policy:
         return cls((Site("*", 0.0, pattern=pattern),))
 
     def pattern_at(self, depth: float) -> Pattern | None:
-        """The pattern of the site nearest to `depth` (in [0, 1]); of two equally near the earlier, the less deep one's."""
+        """The pattern of the site nearest to `depth` (in [0, 1]); of two equally near the earlier, less deep one's."""
         depth = real("depth", depth, 0, 1)
         nearest = min(abs(site.depth - depth) for site in self.sites)
         candidates = [site for site in self.sites if abs(site.depth - depth) <= nearest + _TIE]
@@ -128,8 +132,8 @@ class Policy:
 
     def to_json(self) -> dict[str, Any]:
         """The policy as a JSON object."""
-        sites = [site.to_json() for site in self.sites]
-        return {"schema": SCHEMA, "masks": MASKS, "sites": sites, "provenance": _json_copy("provenance", self.provenance)}
+        provenance = _json_copy("provenance", self.provenance)
+        return {"schema": SCHEMA, "masks": MASKS, "sites": [s.to_json() for s in self.sites], "provenance": provenance}
 
     @classmethod
     def from_json(cls, data: object) -> Policy:
@@ -158,7 +162,7 @@ class Policy:
 
 def shipped_policies() -> list[str]:
     """The names of the policies that come with the package, sorted."""
-    folder = files(__package__).joinpath("policies")
+    folder = files(__package__) / "policies"
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
@@ -174,16 +178,15 @@ def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
         OSError: the file cannot be read.
     """
     shipped = shipped_policies()
+    file: Traversable = Path(name_or_path)
     if isinstance(name_or_path, str) and name_or_path in shipped:
-        text = files(__package__).joinpath("policies", f"{name_or_path}.json").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
-    else:
+        file = files(__package__) / "policies" / f"{name_or_path}.json"
+    elif not file.is_file():
         names = ", ".join(shipped)
         raise ValueError(f"policy must be a file or one of the shipped policies ({names}), got {str(name_or_path)!r}")
     try:
-        return Policy.from_json(json.loads(text, object_pairs_hook=_object))
-    except ValueError as error:  # includes json.JSONDecodeError
+        return Policy.from_json(json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object))
+    except ValueError as error:  # also bad UTF-8 and bad JSON
         raise ValueError(f"{name_or_path}: {error}") from error
 
 

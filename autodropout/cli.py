@@ -1,0 +1,68 @@
+"""The command `autodropout`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .draw import MAX_MAP
+from .draw import SUFFIXES
+from .draw import save_figure
+from .policy import load_policy
+from .policy import shipped_policies
+
+ERROR = 2  # the exit code of argparse for bad arguments, and ours for bad files
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ERROR, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, or 2 after one line on stderr. argv: by default `sys.argv[1:]`."""
+    arguments = _parser().parse_args(argv)
+    try:
+        save_figure(load_policy(arguments.policy), arguments.output, arguments.map)
+    except (ValueError, OSError) as error:
+        return _fail(error)
+    except ImportError as error:
+        if error.name != "matplotlib":
+            raise
+        return _fail(error)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="autodropout", description="Structured dropout patterns and policies.")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, parser_class=_Parser)
+    show = commands.add_parser(
+        "show",
+        help="draw a policy",
+        description="Draw a policy: random placements of the pattern of each site, and its exact expected drop rate.",
+    )
+    show.add_argument("policy", help=f"a policy file, or one of the shipped policies: {', '.join(shipped_policies())}")
+    show.add_argument("-o", "--output", required=True, help=f"the file to write ({', '.join(SUFFIXES)})")
+    show.add_argument(
+        "--map", type=_map_size, default=32, metavar="SIDE", help="side of the map in cells (default: %(default)s)"
+    )
+    return parser
+
+
+def _map_size(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_MAP:
+        raise argparse.ArgumentTypeError(f"must be an integer in [1, {MAX_MAP}], got {text!r}")
+    return int(text)
+
+
+def _fail(error: Exception) -> int:
+    print(f"autodropout: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
