@@ -1,0 +1,216 @@
+"""The atlas of a tiled pattern on a map: every mask it can produce, in one small bitmap (docs/definitions.md, section 2).
+
+A placed pattern drops cell (y, x) when the pattern plane is dropped at the displacement (y - cy, x - cx) from its centre. So
+one bitmap of (2H-1) x (2W-1) displacements holds all H*W placements, each as a window. It is computed once per pattern and
+map on the host, in integers; kernels only look things up, and no rounding can differ between devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+FIELDS = ("size", "stride", "repeat", "rotate", "shear_x", "shear_y")
+RANGES = {"size": (0.0, 2.0), "stride": (0.0, 4.0), "repeat": (0, 64), "shear_x": (-2.0, 2.0), "shear_y": (-2.0, 2.0)}
+
+# Atlases kept: a network has tens of sites and few map sizes; a schedule that changes a pattern every step must not
+# fill the memory.
+CACHED = 256
+
+# The flat table holds 8 times a GPU's need and serves maps up to 80x80; larger ones are masked plane by plane.
+FLAT_CELLS = 1 << 20
+
+FRACTION_BITS = 24
+HALF = 1 << (FRACTION_BITS - 1)
+
+
+class Atlas:
+    """The atlas of one tiled pattern on an H x W map. Made by `Atlas.of`, which caches.
+
+    Attributes:
+        fields: float64 tensor of 6 on the CPU: size, stride, repeat, rotate, shear_x, shear_y.
+        height, width: the map.
+        dropped: bool array (2H-1, 2W-1), True where the plane is dropped at displacement (row - (H-1), column - (W-1)).
+        counts: int64 array (H, W), dropped cells of the map when the centre is at (cy, cx).
+        expected_rate: exact expected share of dropped cells, over the uniform placement.
+    """
+
+    def __init__(self, values: tuple[float, ...], height: int, width: int) -> None:
+        self.fields = torch.tensor(values, dtype=torch.float64, device="cpu")
+        self.height = height
+        self.width = width
+        self.dropped = _dropped(values, height, width)
+        self.counts = _window_sums(self.dropped, height, width)
+        self._on_device: dict[torch.device, DeviceTables] = {}
+
+    @classmethod
+    def of(
+        cls,
+        size: float,
+        stride: float,
+        repeat: int,
+        rotate: float,
+        shear_x: float,
+        shear_y: float,
+        height: int,
+        width: int,
+    ) -> Atlas:
+        """The atlas of these fields on a height x width map.
+
+        Raises:
+            ValueError: a field out of its range (the message names it), unlimited repeat without stride, an empty map.
+        """
+        return _cached_atlas((size, stride, repeat, rotate, shear_x, shear_y), height, width)
+
+    @property
+    def expected_dropped(self) -> int:
+        """Dropped cells summed over all H*W placements; divided by (H*W)^2 it is the expected rate."""
+        return int(self.counts.sum())
+
+    @property
+    def expected_rate(self) -> float:
+        return self.expected_dropped / (self.height * self.width) ** 2
+
+    @cached_property
+    def kept_flat(self) -> torch.Tensor | None:
+        """The atlas once per column offset, one behind the other: bool (W * (2H-1) * W), True = kept; None if too large.
+
+        In copy `cx` the rows of the atlas are cut to the W columns that a window centred in column cx sees. A window is then
+        one contiguous run of H*W cells that begins at `start = (cx * (2H-1) + H-1-cy) * W`, and the mask of a plane is
+        one row of a strided view, without any arithmetic on coordinates.
+        """
+        height, width = self.height, self.width
+        if width * (2 * height - 1) * width > FLAT_CELLS:
+            return None
+        windows = np.lib.stride_tricks.sliding_window_view(~self.dropped, width, axis=1)  # (2H-1, W, W)
+        by_centre = windows[:, ::-1].transpose(1, 0, 2)  # the window of centre column cx begins at W-1-cx
+        return torch.from_numpy(np.ascontiguousarray(by_centre).reshape(-1))
+
+    def on(self, device: torch.device) -> DeviceTables:
+        """What a kernel on `device` needs, copied there once."""
+        if device not in self._on_device:
+            self._on_device[device] = DeviceTables(self, device)
+        return self._on_device[device]
+
+
+class DeviceTables:
+    """The atlas in the form that the Triton kernels read (see tiled_triton.py).
+
+    Attributes:
+        counts: int32 tensor (H*W), dropped cells by placement.
+        fragments: uint8 tensor; bit b of a byte is set when cell b of its fragment of 8 cells is kept.
+        rows: rows of fragments per plane. 1 while the flat table fits: a plane is then one row of H*W cells.
+        row_cells: cells in such a row.
+        pitch: bytes from one row of fragments to the next (only used when rows > 1).
+        step: bytes from one fragment to the next.
+        start_row, start_column: a window begins at byte (H-1-cy) * start_row + (cx or W-1-cx) * start_column.
+    """
+
+    def __init__(self, atlas: Atlas, device: torch.device) -> None:
+        height, width = atlas.height, atlas.width
+        self.counts = torch.from_numpy(atlas.counts.reshape(-1).astype(np.int32)).to(device)
+        kept = atlas.kept_flat
+        if kept is not None:
+            # Windows begin at multiples of W and fragments at multiples of 8, so only every gcd(W, 8)-th byte is ever read.
+            grain = math.gcd(width, 8)
+            packed = _fragments(kept.numpy())[::grain]
+            self.rows, self.row_cells, self.pitch, self.step = 1, height * width, 0, 8 // grain
+            self.start_row, self.start_column = width // grain, (2 * height - 1) * width // grain
+        else:
+            packed = _fragments(~atlas.dropped).reshape(-1)
+            self.rows, self.row_cells, self.pitch, self.step = height, width, 2 * width - 1, 8
+            self.start_row, self.start_column = 2 * width - 1, 1
+        self.fragments = torch.from_numpy(np.ascontiguousarray(packed)).to(device)
+
+
+def atlas_of(fields: torch.Tensor, height: int, width: int) -> Atlas:
+    """The atlas of a fields tensor, as the ops receive it.
+
+    Raises:
+        TypeError, ValueError: fields is not a float64 tensor of 6 numbers on the CPU, or a number is out of its range.
+    """
+    check_fields(fields)
+    return _cached_atlas(tuple(fields.tolist()), height, width)
+
+
+def check_fields(fields: torch.Tensor) -> None:
+    """Refuse what is not a fields tensor; reads no value, so it can be traced."""
+    if fields.dtype != torch.float64 or fields.shape != (len(FIELDS),) or fields.device.type != "cpu":
+        raise ValueError(
+            f"atlas must be an Atlas or a float64 CPU tensor ({', '.join(FIELDS)}), "
+            f"got {fields.dtype}, shape {tuple(fields.shape)}, on {fields.device}"
+        )
+
+
+@lru_cache(maxsize=CACHED)
+def _cached_atlas(values: tuple[float, ...], height: int, width: int) -> Atlas:
+    if height < 1 or width < 1:
+        raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    for name, value in zip(FIELDS, values, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+    if values[2] != int(values[2]):
+        raise ValueError(f"repeat must be a whole number, got {values[2]}")
+    if values[2] == 0 and values[1] == 0:
+        raise ValueError("stride must be above 0 when repeat is 0 (unlimited): stride 0 would drop everything")
+    return Atlas(values, height, width)
+
+
+def _cells(size: float, stride: float, side: int) -> tuple[int, int]:
+    """Tile and gap in cells on an axis of `side` cells."""
+    tile = math.floor(size * side + 0.5)
+    gap = 0 if stride == 0 else max(1, math.floor(stride * side + 0.5))
+    return tile, gap
+
+
+def _dropped(values: Sequence[float], height: int, width: int) -> npt.NDArray[np.bool_]:
+    size, stride, _, rotate, shear_x, shear_y = values
+    repeat = int(values[2])
+    tile_h, gap_h = _cells(size, stride, height)
+    tile_w, gap_w = _cells(size, stride, width)
+    if tile_h == 0 or tile_w == 0:
+        return np.zeros((2 * height - 1, 2 * width - 1), dtype=np.bool_)
+
+    angle = math.radians(rotate)
+    c, s = math.cos(angle), math.sin(angle)
+    m00, m01, m10, m11 = (
+        math.floor(m * (1 << FRACTION_BITS) + 0.5)
+        for m in (c - s * shear_x, c * shear_y - s, s + c * shear_x, s * shear_y + c)
+    )
+    dy = np.arange(-(height - 1), height, dtype=np.int64)[:, None]
+    dx = np.arange(-(width - 1), width, dtype=np.int64)[None, :]
+
+    def plane(a: int, b: int, tile: int, gap: int) -> npt.NDArray[np.bool_]:
+        """Dropped on one axis of the pattern plane, whose coordinate is a * dy + b * dx about the centre."""
+        period = tile + gap
+        extent = max(repeat, 1) * period - gap
+        u = (a * dy + b * dx + (extent - 1) * HALF + HALF) >> FRACTION_BITS
+        inside = u % period < tile
+        return inside if repeat == 0 else inside & (u >= 0) & (u < extent)
+
+    return plane(m00, m01, tile_h, gap_h) & plane(m10, m11, tile_w, gap_w)
+
+
+def _window_sums(dropped: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDArray[np.int64]:
+    """Dropped cells of the window of every centre, by a summed-area table."""
+    area = np.zeros((2 * height, 2 * width), dtype=np.int64)
+    area[1:, 1:] = dropped.cumsum(0, dtype=np.int64).cumsum(1)
+    sums = area[height:, width:] - area[:height, width:] - area[height:, :width] + area[:height, :width]
+    return np.ascontiguousarray(sums[::-1, ::-1])  # the window at the top left belongs to the centre at the bottom right
+
+
+def _fragments(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """For every cell of the last axis the byte whose bit b says whether the cell b places further is kept (0 beyond)."""
+    bits = np.zeros(kept.shape, dtype=np.uint8)
+    for b in range(8):
+        bits[..., : kept.shape[-1] - b] |= kept[..., b:].astype(np.uint8) << b
+    return bits

@@ -1,0 +1,73 @@
+"""Seeds and ranks: where the randomness of an op comes from (docs/definitions.md, section 1).
+
+A seed is a 0-d int64 tensor on the device of the activation, so that drawing one never waits for the device and a captured
+graph can be replayed with another.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .philox import MASK32
+from .registration import register_op
+
+Seed = torch.Tensor | int | None
+
+
+def as_seed(seed: Seed, device: torch.device) -> torch.Tensor:
+    """`seed` as a 0-d int64 tensor on `device`.
+
+    Args:
+        seed: None draws one from PyTorch's default generator of the device, so that `torch.manual_seed` decides; an integer
+            in [-2^63, 2^64) is taken modulo 2^64; a 0-d int64 tensor on `device` is used as it is.
+
+    Raises:
+        TypeError: seed is none of these.
+        ValueError: an integer out of range, or a tensor of another shape or on another device.
+    """
+    if seed is None:
+        drawn: torch.Tensor = torch.ops.autodropout.draw_seed(device)
+        return drawn
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}")
+        if seed.dim() != 0:
+            raise ValueError(f"seed must be a 0-d tensor, got shape {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"seed must be on the device of x, {device}, got {seed.device}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed must be None, an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+
+
+def as_rank(rank: int | None) -> int:
+    """Counter word 3: `rank`, or where it is None the global rank under torch.distributed, else 0.
+
+    Raises:
+        TypeError: rank is no int.
+        ValueError: rank outside [0, 2^32).
+    """
+    if rank is None:
+        distributed = torch.distributed
+        return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be None or an int, got {type(rank).__name__}")
+    if not 0 <= rank <= MASK32:
+        raise ValueError(f"rank must be in [0, 2^32), got {rank}")
+    return rank
+
+
+def _draw_seed(device: torch.device) -> torch.Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+# An op of its own: Inductor replaces `randint` by a generator of its own, and eager and compiled code would differ.
+register_op(
+    "draw_seed(Device device) -> Tensor",
+    _draw_seed,
+    lambda device: torch.empty((), dtype=torch.int64, device=device),
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
