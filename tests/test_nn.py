@@ -1,0 +1,222 @@
+"""Modules: identity in evaluation, nothing in the state, copies, no recompilation, the peers' names."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from test_functional import PATTERNS
+from test_functional import activation
+from test_functional import many
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from autodropout import BernoulliPattern
+from autodropout import BlockPattern
+from autodropout import Pattern
+from autodropout import TiledPattern
+from autodropout import pattern_dropout
+from autodropout.nn import DropBlock2d
+from autodropout.nn import DropPath
+from autodropout.nn import PatternDropout
+from autodropout.nn import SpatialDropout2d
+
+NAMED: list[PatternDropout] = [SpatialDropout2d(0.3), DropPath(0.3), DropBlock2d(0.2, 3)]
+
+
+def draw(module: nn.Module, x: torch.Tensor, seed: int = 3) -> torch.Tensor:
+    torch.manual_seed(seed)
+    y: torch.Tensor = module(x)
+    return y
+
+
+def draw_functional(x: torch.Tensor, pattern: Pattern, normalize: str | None = None, seed: int = 3) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return pattern_dropout(x, pattern, normalize=normalize)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("normalize", [None, "mask", "expected", "none"])
+def test_is_the_function(pattern: Pattern, normalize: str | None) -> None:
+    x = activation()
+    assert torch.equal(draw(PatternDropout(pattern, normalize), x), draw_functional(x, pattern, normalize))
+
+
+@pytest.mark.parametrize("module", [PatternDropout(PATTERNS[0]), *NAMED], ids=repr)
+def test_evaluation_returns_the_very_tensor(module: PatternDropout) -> None:
+    x = activation()
+    module = copy.deepcopy(module).eval()
+    before = torch.get_rng_state()
+    assert module(x) is x
+    assert torch.equal(torch.get_rng_state(), before)
+    assert module.train()(x) is not x
+
+
+@pytest.mark.parametrize("module", [PatternDropout(PATTERNS[0]), *NAMED], ids=repr)
+def test_has_no_state(module: PatternDropout) -> None:
+    assert list(module.parameters()) == []
+    assert list(module.buffers()) == []
+    assert module.state_dict() == {}
+
+
+def test_pattern_can_be_set_at_any_time() -> None:
+    x = activation()
+    module = PatternDropout(PATTERNS[0])
+    for pattern in PATTERNS:
+        module.pattern = pattern
+        assert module.pattern is pattern
+        assert torch.equal(draw(module, x), draw_functional(x, pattern))
+
+
+def test_refuses_bad_arguments_and_keeps_what_it_had() -> None:
+    module = PatternDropout(PATTERNS[0])
+    with pytest.raises(TypeError, match=r"^pattern must be a Pattern, got 'tiled' of type str$"):
+        module.pattern = "tiled"  # type: ignore[assignment]
+    assert module.pattern is PATTERNS[0]
+    with pytest.raises(TypeError, match=r"^pattern must be a Pattern, got None"):
+        PatternDropout(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^normalize must be one of 'mask', 'expected', 'none', got 'mean'$"):
+        PatternDropout(PATTERNS[0], normalize="mean")
+
+
+def by_pickle(module: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+def by_torch_save(module: nn.Module) -> Any:
+    """As a model saved on one device and loaded for another, here for the one that has no memory at all."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, map_location="meta", weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, by_pickle, by_torch_save])
+@pytest.mark.parametrize("module", [PatternDropout(PATTERNS[0], "none"), *NAMED], ids=repr)
+def test_copies_drop_alike_and_are_independent(module: PatternDropout, duplicate: Any) -> None:
+    x = activation()
+    twin = duplicate(module)
+    assert type(twin) is type(module)
+    assert twin.pattern == module.pattern
+    y = draw(module, x)
+    assert torch.equal(draw(twin, x), y)
+    twin.pattern = BernoulliPattern(1.0)
+    assert not draw(twin, x).any()
+    assert torch.equal(draw(module, x), y)
+
+
+def test_moves_with_its_model_and_keeps_its_numbers() -> None:
+    module = PatternDropout(PATTERNS[0])
+    x = activation()
+    y = draw(module, x)
+    assert torch.equal(draw(module.half().to("meta").to_empty(device="cpu"), x), y)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_fifty_assignments_never_recompile(pattern: Pattern) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = PatternDropout(pattern)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.ReLU())
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = activation()
+    with torch._dynamo.config.patch(error_on_recompile=True, suppress_errors=False):
+        for i, other in enumerate(many(pattern, 50)):
+            layer.pattern = other
+            y = draw(compiled, x, seed=i)
+            y.sum().backward()
+            assert torch.equal(y, draw(model, x, seed=i))
+    assert counter.frame_count == 1
+
+
+def test_training_and_evaluation_are_the_only_graphs() -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = PatternDropout(PATTERNS[0])
+    compiled = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 1), layer), fullgraph=True, backend=counter)
+    x = activation()
+    for i, other in enumerate(many(PATTERNS[0], 10)):
+        layer.pattern = other
+        compiled.train(i % 2 == 0)
+        draw(compiled, x)
+    assert counter.frame_count == 2
+
+
+def test_inductor_draws_the_eager_mask() -> None:
+    torch.compiler.reset()
+    layer = PatternDropout(PATTERNS[0])
+    compiled = torch.compile(layer, fullgraph=True)
+    x = activation()
+    for other in many(PATTERNS[0], 3):
+        layer.pattern = other
+        assert torch.equal(draw(compiled, x), draw(layer, x))
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (
+            PatternDropout(TiledPattern(0.25, stride=0.5, repeat=3)),
+            "PatternDropout(TiledPattern(size=0.25, stride=0.5, repeat=3))",
+        ),
+        (
+            PatternDropout(BernoulliPattern(0.1, "map"), normalize="mask"),
+            "PatternDropout(BernoulliPattern(rate=0.1, shared='map'), normalize='mask')",
+        ),
+        (PatternDropout(BlockPattern(0.1, 7)), "PatternDropout(BlockPattern(rate=0.1, block_size=7))"),
+        (SpatialDropout2d(), "SpatialDropout2d(p=0.5)"),
+        (DropPath(0.1), "DropPath(drop_prob=0.1)"),
+        (DropPath(0.1, scale_by_keep=False), "DropPath(drop_prob=0.1, scale_by_keep=False)"),
+        (DropBlock2d(p=0.1, block_size=7), "DropBlock2d(p=0.1, block_size=7)"),
+    ],
+)
+def test_repr(module: nn.Module, text: str) -> None:
+    assert repr(module) == text
+
+
+def test_spatial_dropout_drops_channels_and_doubles_the_rest() -> None:
+    x = activation(8, 16, 5, 6)
+    y = draw(SpatialDropout2d(p=0.5), x)
+    kept = (y != 0).flatten(2)
+    assert torch.equal(kept.all(2), kept.any(2))
+    assert 0 < kept.any(2).sum() < 128
+    assert torch.equal(y[y != 0], 2 * x[y != 0])
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 4, 5), (64, 7, 6)])
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+def test_drop_path_drops_samples(shape: tuple[int, ...], scale_by_keep: bool) -> None:
+    x = activation(*shape)
+    y = draw(DropPath(drop_prob=0.75, scale_by_keep=scale_by_keep), x)
+    kept = (y != 0).flatten(1)
+    assert torch.equal(kept.all(1), kept.any(1))
+    assert 0 < kept.any(1).sum() < 64
+    assert torch.equal(y[y != 0], (4 if scale_by_keep else 1) * x[y != 0])
+
+
+def test_drop_path_of_nothing_is_timms_default() -> None:
+    x = activation()
+    assert torch.equal(draw(DropPath(), x), x)
+
+
+def test_drop_block_is_its_pattern() -> None:
+    x = activation()
+    assert torch.equal(draw(DropBlock2d(p=0.2, block_size=3), x), draw_functional(x, BlockPattern(0.2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SpatialDropout2d(1.5), r"^p must be in \[0, 1\], got 1\.5$"),
+        (lambda: DropPath(-0.1), r"^drop_prob must be in \[0, 1\], got -0\.1$"),
+        (lambda: DropBlock2d(0.96, 7), r"^p must be in \[0, 0\.95\], got 0\.96$"),
+        (lambda: DropBlock2d(0.1, 0), r"^block_size must be .* got 0$"),
+    ],
+)
+def test_named_modules_name_their_arguments(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
