@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from .nn import PatternDropout
 from .patterns import Pattern
 from .patterns import TiledPattern
+from .policy import PLACES
 from .policy import Policy
 from .policy import Site
-from .sites import PLACES
 from .sites import Example
 from .sites import Map
 from .sites import ModelSite

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .policy import PLACES
+
 Example = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 Map = tuple[int, int, int]
 
-PLACES = ("batch_norm", "branch")
 SHORTCUT_NAMES = frozenset({"downsample", "shortcut", "skip"})
 
 # Residual blocks whose skip tensor can be masked just before the addition, and the child that makes that tensor. Found
