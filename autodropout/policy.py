@@ -39,8 +39,8 @@ class Site:
     Args:
         name: any non-empty string; "*" in the policies of `Policy.uniform`.
         depth: position in order of execution, from 0 (the first site) to 1 (the last).
-        place: what the pattern is applied to: "batch_norm", the output of a batch normalisation, or "branch", the end of
-            a residual branch (for stochastic depth).
+        place: what the pattern is applied to: "batch_norm", the output of a batch normalisation, or "branch", the end
+            of a residual branch (for stochastic depth).
         pattern: the pattern; None = nothing is dropped.
 
     Raises:
