@@ -82,15 +82,22 @@ class Atlas:
         """The atlas once per column offset, one behind the other: bool (W * (2H-1) * W), True = kept; None if too large.
 
         In copy `cx` the rows of the atlas are cut to the W columns that a window centred in column cx sees. A window is then
-        one contiguous run of H*W cells that begins at `start = (cx * (2H-1) + H-1-cy) * W`, and the mask of a plane is
-        one row of a strided view, without any arithmetic on coordinates.
+        one contiguous run of H*W cells that begins in cell `start * W` with `start = cx * (2H-1) + H-1-cy`, and the mask of a
+        plane is one row of a strided view, without any arithmetic on coordinates.
         """
         height, width = self.height, self.width
         if width * (2 * height - 1) * width > FLAT_CELLS:
             return None
         windows = np.lib.stride_tricks.sliding_window_view(~self.dropped, width, axis=1)  # (2H-1, W, W)
         by_centre = windows[:, ::-1].transpose(1, 0, 2)  # the window of centre column cx begins at W-1-cx
-        return torch.from_numpy(np.ascontiguousarray(by_centre).reshape(-1))
+        return torch.from_numpy(by_centre.flatten())
+
+    @cached_property
+    def counts_by_start(self) -> torch.Tensor:
+        """`counts` in the order of starts, `cx * (2H-1) + H-1-cy`: int32 (W * (2H-1)), 0 where no centre has that start."""
+        by_start = np.zeros((self.width, 2 * self.height - 1), dtype=np.int32)
+        by_start[:, : self.height] = self.counts[::-1].T
+        return torch.from_numpy(by_start.reshape(-1))
 
     def on(self, device: torch.device) -> DeviceTables:
         """What a kernel on `device` needs, copied there once."""
@@ -103,30 +110,30 @@ class DeviceTables:
     """The atlas in the form that the Triton kernels read (see tiled_triton.py).
 
     Attributes:
-        counts: int32 tensor (H*W), dropped cells by placement.
+        counts: int32 tensor, `Atlas.counts_by_start`.
         fragments: uint8 tensor; bit b of a byte is set when cell b of its fragment of 8 cells is kept.
         rows: rows of fragments per plane. 1 while the flat table fits: a plane is then one row of H*W cells.
         row_cells: cells in such a row.
-        pitch: bytes from one row of fragments to the next (only used when rows > 1).
+        pitch: bytes from one row of fragments to the next.
         step: bytes from one fragment to the next.
-        start_row, start_column: a window begins at byte (H-1-cy) * start_row + (cx or W-1-cx) * start_column.
+        start_step: bytes from one start to the next in the flat table; 0 otherwise.
     """
 
     def __init__(self, atlas: Atlas, device: torch.device) -> None:
         height, width = atlas.height, atlas.width
-        self.counts = torch.from_numpy(atlas.counts.reshape(-1).astype(np.int32)).to(device)
+        self.counts = atlas.counts_by_start.to(device)
         kept = atlas.kept_flat
         if kept is not None:
             # Windows begin at multiples of W and fragments at multiples of 8, so only every gcd(W, 8)-th byte is ever read.
             grain = math.gcd(width, 8)
             packed = _fragments(kept.numpy())[::grain]
-            self.rows, self.row_cells, self.pitch, self.step = 1, height * width, 0, 8 // grain
-            self.start_row, self.start_column = width // grain, (2 * height - 1) * width // grain
+            self.rows, self.row_cells, self.pitch = 1, height * width, 0
+            self.step, self.start_step = 8 // grain, width // grain
         else:
             packed = _fragments(~atlas.dropped).reshape(-1)
-            self.rows, self.row_cells, self.pitch, self.step = height, width, 2 * width - 1, 8
-            self.start_row, self.start_column = 2 * width - 1, 1
-        self.fragments = torch.from_numpy(np.ascontiguousarray(packed)).to(device)
+            self.rows, self.row_cells, self.pitch = height, width, 2 * width - 1
+            self.step, self.start_step = 8, 0
+        self.fragments = torch.from_numpy(packed.copy()).to(device)
 
 
 def atlas_of(fields: torch.Tensor, height: int, width: int) -> Atlas:

@@ -1,0 +1,317 @@
+"""Tiled pattern dropout: the pattern of the paper on maps (N, C, H, W), as two ops.
+
+`tiled_draw` turns the seed into one placement per plane (per sample if channels share) and the scale: it reads no
+activation. `tiled_apply` multiplies an activation by the mask of these placements. It is linear and self-adjoint, so the
+same op is its own backward, and what is saved for it are the placements and the scale, 4 bytes a plane.
+
+Counter layout (Philox4x32-10): (channel or 0, 0, sample, rank); word 0 gives the row of the centre, word 1 its column.
+
+Bytes moved per element: one read and one write of the activation. On the GPU the kernels of tiled_triton.py run; on the CPU
+the mask of a plane is one row of a small table (`Atlas.kept_flat`), gathered straight into the output and multiplied
+there; any other device takes the plain PyTorch twin below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .atlas import Atlas
+from .atlas import atlas_of
+from .atlas import check_fields
+from .philox import below
+from .philox import philox
+from .registration import register_op
+from .seeds import Seed
+from .seeds import as_rank
+from .seeds import as_seed
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NORMALIZE = ("mask", "expected", "none")
+
+# Planes placed at a time on the CPU: the six buffers of Philox then stay in the second-level cache.
+PLACED_AT_ONCE = 1 << 15
+
+# Cells of mask in memory at a time where they cannot be gathered into the output.
+MASKED_AT_ONCE = 1 << 17
+
+
+def tiled_dropout(
+    x: torch.Tensor,
+    atlas: Atlas | torch.Tensor,
+    seed: Seed = None,
+    share_c: bool = False,
+    normalize: str = "mask",
+    rank: int | None = None,
+) -> torch.Tensor:
+    """Drops the tiles of a pattern, placed at random, and scales the rest: `x * mask * scale` (Pham & Le 2021).
+
+    Args:
+        x: (N, C, H, W), float64, float32, float16 or bfloat16.
+        atlas: the pattern on maps of H x W, from `TiledPattern.atlas` or `Atlas.of`; or its fields as a float64 CPU tensor
+            (size, stride, repeat, rotate, shear_x, shear_y), whose values may change without recompilation.
+        seed: None (one is drawn from PyTorch's generator), an int in [-2^63, 2^64), or a 0-d int64 tensor on x's device.
+        share_c: one placement per sample instead of one per sample and channel.
+        normalize: "mask" scales by Size(m) / Sum(m) over the whole mask of the call (the paper); "expected" by
+            1 / (1 - exact expected rate), which does not couple the samples of a batch; "none" by 1.
+        rank: counter word 3; None is the global rank under torch.distributed, else 0.
+
+    Returns:
+        Tensor with x's shape, dtype and memory format. The product is computed in float32 (float64 for float64) and cast;
+        dropped cells are 0 whatever they held; if everything is dropped all is 0. Bits as in docs/definitions.md.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+    """
+    _check_activation(x)
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}")
+    n, c, h, w = x.shape
+    if isinstance(atlas, Atlas):
+        if (atlas.height, atlas.width) != (h, w):
+            raise ValueError(f"atlas must be of x's map {h}x{w}, got one of {atlas.height}x{atlas.width}")
+        fields = atlas.fields
+    elif isinstance(atlas, torch.Tensor):
+        fields = atlas
+        check_fields(fields)
+    else:
+        raise TypeError(f"atlas must be an Atlas or a tensor of fields, got {type(atlas).__name__}")
+    ops = torch.ops.autodropout
+    starts, scale = ops.tiled_draw(
+        fields, as_seed(seed, x.device), n, c, h, w, bool(share_c), normalize, as_rank(rank)
+    )
+    y: torch.Tensor = ops.tiled_apply(x, fields, starts, scale)
+    return y
+
+
+def _check_activation(x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float64, float32, float16 or bfloat16, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
+
+
+# ---- draw: placements and scale ------------------------------------------------------------------------------------
+
+
+def _draw(
+    fields: torch.Tensor,
+    seed: torch.Tensor,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    share_c: bool,
+    normalize: str,
+    rank: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    planes = 1 if share_c else c
+    if n * planes * h * w == 0:
+        starts = torch.zeros((n, planes), dtype=torch.int32, device=seed.device)
+        return starts, torch.ones((), dtype=torch.float64, device=seed.device)
+    atlas = atlas_of(fields, h, w)
+    if _triton_runs_on(seed.device):
+        from . import tiled_triton
+
+        return tiled_triton.draw(seed, n, c, atlas, share_c, normalize, rank)
+    starts = torch.empty((n, planes), dtype=torch.int32, device=seed.device)
+    at_once = max(1, PLACED_AT_ONCE // planes)
+    channels = torch.arange(planes, device=seed.device)
+    for first in range(0, n, at_once):
+        samples = torch.arange(first, min(n, first + at_once), device=seed.device)
+        w0, w1, _, _ = philox(channels[None, :], 0, samples[:, None], rank, seed)
+        starts[first : first + at_once] = window_start(below(w0, h), below(w1, w), h)
+    return starts, _scale(atlas, starts, normalize)
+
+
+def window_start(cy: torch.Tensor, cx: torch.Tensor, height: int) -> torch.Tensor:
+    """What `tiled_apply` calls a start: the placement (cy, cx) as the row of the mask table, in [0, W * (2H-1))."""
+    return cx * (2 * height - 1) + (height - 1 - cy)
+
+
+def _scale(atlas: Atlas, starts: torch.Tensor, normalize: str) -> torch.Tensor:
+    """The float64 quotient of integers that method and `normalize` ask for; 0 if nothing is kept."""
+    if normalize != "mask":
+        return torch.full((), fixed_scale(atlas, normalize), dtype=torch.float64, device=starts.device)
+    dropped = atlas.counts_by_start.to(starts.device).index_select(0, starts.reshape(-1)).sum()
+    size = starts.numel() * atlas.height * atlas.width
+    kept = size - dropped
+    return torch.where(kept > 0, size / kept.double(), 0.0)
+
+
+def fixed_scale(atlas: Atlas, normalize: str) -> float:
+    """The scale that needs no placements: "expected" or "none"."""
+    if normalize == "none":
+        return 1.0
+    cells = (atlas.height * atlas.width) ** 2
+    kept = cells - atlas.expected_dropped
+    return cells / kept if kept else 0.0
+
+
+# ---- apply: the masked product -------------------------------------------------------------------------------------
+
+
+def _apply(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    atlas = atlas_of(fields, x.shape[2], x.shape[3])
+    if _triton_runs_on(x.device):
+        from . import tiled_triton
+
+        return tiled_triton.apply(x, atlas, starts, scale)
+    if x.device.type == "cpu":
+        return _apply_on_cpu(x, atlas, starts, scale)
+    return apply_reference(x, atlas, starts, scale)
+
+
+def apply_reference(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The plain PyTorch twin: the whole mask, one product, one select. For devices without a kernel, and to read."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    product = (x.to(compute) * scale.to(compute)).to(x.dtype)
+    kept = kept_windows(atlas, starts)
+    return torch.where(kept, product, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def kept_windows(atlas: Atlas, starts: torch.Tensor) -> torch.Tensor:
+    """The masks of these placements: bool (*starts.shape, H, W), True = kept, on the device of starts."""
+    height, width = atlas.height, atlas.width
+    kept = ~torch.from_numpy(atlas.dropped).to(starts.device)
+    first_row = (starts % (2 * height - 1))[..., None, None]
+    first_column = (width - 1 - starts // (2 * height - 1))[..., None, None]
+    rows = torch.arange(height, device=starts.device)[:, None]
+    columns = torch.arange(width, device=starts.device)
+    return kept[first_row + rows, first_column + columns]
+
+
+def _apply_on_cpu(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    n, c, h, w = x.shape
+    y = torch.empty_like(x)
+    factor = scale.item()
+    # In 16 bits the mask cannot carry the scale without rounding it: it multiplies by 0 and 1, the scale follows.
+    carries_scale = x.dtype in (torch.float64, torch.float32)
+    flat = atlas.kept_flat
+    if flat is None:
+        _mask_planes(x, y, atlas, starts, factor if carries_scale else 1.0)
+    else:
+        table = flat.to(x.dtype)
+        if carries_scale:
+            table.mul_(factor)
+        # Row `start` is the window that begins in cell start * W. The rows overlap; nothing is written to them.
+        rows = table.as_strided((w * (2 * h - 1) - h + 1, h * w), (w, 1))
+        if starts.shape[1] != c or c == 1:
+            mask = rows.index_select(0, starts.reshape(-1)).view(n, 1, h, w)
+            torch.mul(x, mask, out=y)
+        elif x.is_contiguous():
+            masked = y.view(n * c, h * w)
+            torch.index_select(rows, 0, starts.view(-1), out=masked)
+            masked.mul_(x.view(n * c, h * w))
+        else:
+            for part, select in _parts(starts, h * w):
+                mask = rows.index_select(0, part.reshape(-1)).view(*part.shape, h, w)
+                torch.mul(x[select], mask, out=y[select])
+    if not carries_scale and factor != 1.0:
+        y.mul_(factor)
+    # 0 * NaN is NaN: only then, or when the sum overflows, is a select needed. One read of the output tells.
+    if not y.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).isfinite():
+        for part, select in _parts(starts, h * w):
+            y[select].masked_fill_(~kept_windows(atlas, part), 0.0)
+    return y
+
+
+def _parts(starts: torch.Tensor, cells: int) -> Iterator[tuple[torch.Tensor, tuple[slice, slice]]]:
+    """Slices of samples and channels whose masks take a bounded amount of memory."""
+    n, planes = starts.shape
+    at_once = max(1, MASKED_AT_ONCE // cells)
+    samples, channels = max(1, at_once // planes), min(planes, at_once)
+    for first in range(0, n, samples):
+        for channel in range(0, planes, channels):
+            part = starts[first : first + samples, channel : channel + channels]
+            yield part, (slice(first, first + samples), slice(channel, channel + channels) if planes > 1 else slice(None))
+
+
+def _mask_planes(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.Tensor, factor: float) -> None:
+    """Maps whose table would be too large: one window of the atlas after the other, each a view."""
+    height, width = atlas.height, atlas.width
+    kept = torch.from_numpy(~atlas.dropped).to(x.dtype).mul_(factor)
+    shared = starts.shape[1] != x.shape[1] or x.shape[1] == 1
+    for sample, row in enumerate(starts.tolist()):
+        for channel, start in enumerate(row):
+            column, top = divmod(start, 2 * height - 1)
+            left = width - 1 - column
+            window = kept[top : top + height, left : left + width]
+            plane = (sample,) if shared else (sample, channel)
+            torch.mul(x[plane], window, out=y[plane])
+
+
+def _triton_runs_on(device: torch.device) -> bool:
+    return device.type == "cuda" and _has_triton()
+
+
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+# ---- registration --------------------------------------------------------------------------------------------------
+
+
+def _draw_fake(
+    fields: torch.Tensor,
+    seed: torch.Tensor,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    share_c: bool,
+    normalize: str,
+    rank: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    starts = torch.empty((n, 1 if share_c else c), dtype=torch.int32, device=seed.device)
+    return starts, torch.empty((), dtype=torch.float64, device=seed.device)
+
+
+def _apply_fake(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    return torch.ops.autodropout.tiled_apply(grad, *ctx.saved_tensors), None, None, None
+
+
+def _apply_vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: Any
+) -> tuple[torch.Tensor, int]:
+    """Every element of the batch gets the same mask: the placements were drawn once, outside the batch."""
+    if any(dim is not None for dim in in_dims[1:]):
+        raise ValueError("seed must not be batched by vmap: draw outside it, or call the op once per seed")
+    dim = in_dims[0]
+    assert dim is not None
+    batched = x.movedim(dim, 0)
+    folded = batched.reshape(-1, *batched.shape[2:])
+    y = torch.ops.autodropout.tiled_apply(folded, fields, starts.repeat(batched.shape[0], 1), scale)
+    return y.view(batched.shape), 0
+
+
+register_op(
+    "tiled_draw(Tensor fields, Tensor seed, SymInt n, SymInt c, SymInt h, SymInt w, bool share_c, str normalize, "
+    "SymInt rank) -> (Tensor, Tensor)",
+    _draw,
+    _draw_fake,
+)
+register_op(
+    "tiled_apply(Tensor x, Tensor fields, Tensor starts, Tensor scale) -> Tensor",
+    _apply,
+    _apply_fake,
+    setup_context=_save,
+    backward=_backward,
+    vmap=_apply_vmap,
+)
