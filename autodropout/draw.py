@@ -85,7 +85,8 @@ def draw_policy(policy: Policy, map_size: int = 32) -> Figure:
         top = MARGIN + HEAD + i * (row + BETWEEN)
         middle = top + TITLE + PANEL / 2
         _fit(text(MARGIN, middle - 0.02, site.name, size=8.5, weight="bold", color=INK, va="bottom"))
-        text(MARGIN, middle + 0.04, f"depth {site.depth:.3g}", size=7.5, color=MUTED, va="top")
+        where = f"depth {site.depth:.3g}" if site.place == "batch_norm" else f"depth {site.depth:.3g}, {site.place}"
+        text(MARGIN, middle + 0.04, where, size=7.5, color=MUTED, va="top")
         text(left, top + TITLE - 0.055, _describe(site.pattern), size=7.5, color=INK, va="baseline")
         rate = 0.0 if site.pattern is None else site.pattern.expected_rate(map_size, map_size)
         label = f"expected rate {100 * rate:.3g}%"
@@ -143,7 +144,7 @@ def _describe(pattern: Pattern | None) -> str:
 
 
 def _fit(label: Text) -> None:
-    """Cuts the name of a site in front where it would run into the panels: the paths of modules differ at their ends."""
+    """Cuts the name of a site in front where it would run into the panels: paths of modules differ at their ends."""
     name = label.get_text()
     while name and label.get_window_extent().width > (LABEL - GAP) * label.get_figure().dpi:
         name = name[1:]

@@ -1,0 +1,119 @@
+"""The command line: files written, and one clear line with exit code 2 when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from autodropout.cli import main
+from autodropout.patterns import BlockPattern
+from autodropout.policy import Policy
+
+
+def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs `main`, asserts exit code 2, nothing on stdout and one line on stderr, and returns that line."""
+    try:
+        code: object = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1
+    return captured.err.rstrip("\n")
+
+
+def test_show_draws_a_shipped_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "hand-v0", "-o", str(tmp_path / "policy.png")]) == 0
+    assert (tmp_path / "policy.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_show_draws_a_file_on_a_map(tmp_path: Path) -> None:
+    Policy.uniform(BlockPattern(0.1, 3)).save(tmp_path / "policy.json")
+    sizes = []
+    for side in ("8", "16"):
+        assert main(["show", str(tmp_path / "policy.json"), "--map", side, "--output", str(tmp_path / "p.pdf")]) == 0
+        sizes.append((tmp_path / "p.pdf").read_bytes())
+    assert sizes[0] != sizes[1]
+
+
+def test_unknown_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(["show", "hand-v9", "-o", str(tmp_path / "p.png")], capsys) == (
+        "autodropout: error: policy must be a file or one of the shipped policies (hand-v0), got 'hand-v9'"
+    )
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_bad_policy_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.json"
+    site = {"name": "a", "depth": 2, "place": "batch_norm", "pattern": None}
+    file.write_text(json.dumps({"schema": 1, "masks": 1, "sites": [site]}))
+    assert fails(["show", str(file), "-o", str(tmp_path / "p.png")], capsys) == (
+        f"autodropout: error: {file}: sites[0].depth: must be in [0, 1], got 2"
+    )
+
+
+def test_bad_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(["show", "hand-v0", "-o", str(tmp_path / "p.jpg")], capsys)
+    assert line == f"autodropout: error: path must end in one of .png, .pdf, got '{tmp_path / 'p.jpg'}'"
+    line = fails(["show", "hand-v0", "-o", str(tmp_path / "missing" / "p.png")], capsys)
+    assert line.startswith("autodropout: error: ")
+    assert "No such file or directory" in line
+
+
+@pytest.mark.parametrize("side", ["0", "513", "-3", "8.5", "x", "\u00b2"])
+def test_bad_map(side: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(["show", "hand-v0", "-o", "p.png", f"--map={side}"], capsys)
+    assert line == f"autodropout show: error: argument --map: must be an integer in [1, 512], got {side!r}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "autodropout: error: the following arguments are required: command"),
+        (["show", "hand-v0"], "autodropout show: error: the following arguments are required: -o/--output"),
+        (["draw"], "autodropout: error: argument command: invalid choice: 'draw' "),
+        (["show", "hand-v0", "-o", "p.png", "--size", "3"], "autodropout: error: unrecognized arguments: --size 3"),
+    ],
+)
+def test_bad_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(argv, capsys).startswith(message)
+
+
+def test_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert fails(["show", "hand-v0", "-o", str(tmp_path / "p.png")], capsys) == (
+        "autodropout: error: drawing needs matplotlib: pip install autodropout[draw]"
+    )
+
+
+def test_help_names_the_shipped_policies(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["show", "--help"])
+    assert stop.value.code == 0
+    assert "hand-v0" in capsys.readouterr().out
+
+
+def test_the_console_script_and_the_module_are_this_function(tmp_path: Path) -> None:
+    (script,) = entry_points(group="console_scripts", name="autodropout")
+    assert script.load() is main
+    run = subprocess.run(
+        [sys.executable, "-m", "autodropout.cli", "show", "hand-v0", "-o", str(tmp_path / "p.png"), "--map", "8"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, "")
+    assert (tmp_path / "p.png").is_file()
