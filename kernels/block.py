@@ -14,8 +14,7 @@ The bits (our choice, frozen by golden vectors in the tests):
 
 - lambda is rounded to 24 significant decimal digits, half to even. `t_k = floor(P(K <= k) * 2^32 + 1/2)` for that
   lambda, in exact decimal arithmetic. A rate below 2^-80 counts as 0.
-- With channel = 0 for `share_c`: word 0 of Philox with counter (channel, 0, n, rank) gives K = number of k with t_k <=
-word.
+- With channel = 0 for `share_c`: word 0 of Philox with counter (channel, 0, n, rank) gives K, the number of t_k <= word.
 - Block j = 0..K-1 takes words `2 * (j mod 2)` and `2 * (j mod 2) + 1` of counter (channel, 1 + j div 2, n, rank):
   `top = (word * (H-b_h+1)) >> 32`, `left = (word' * (W-b_w+1)) >> 32`.
 
@@ -217,8 +216,8 @@ def _poisson_thresholds(mean: Decimal) -> list[int]:
 def _dropped(
     shape: Sequence[int], fields: torch.Tensor, seed: torch.Tensor, share_c: bool, rank: int
 ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
-    """The mask slice by slice: (samples, channels) of x, and a bool tensor, True = dropped, that broadcasts to that
-    part.""" check_fields(fields, FIELDS)
+    """The mask slice by slice: (samples, channels) of x, and a bool tensor, True = dropped, broadcasting to it."""
+    check_fields(fields, FIELDS)
     N, C, H, W = shape
     if 0 in shape:
         _check_values(*fields.tolist())

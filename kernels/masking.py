@@ -1,5 +1,4 @@
-"""What the ops that draw their mask anew in every pass share: checks, slices that bound the memory, the masked
-product."""
+"""What the ops that draw their mask anew in every pass share: checks, slices that bound memory, the masked product."""
 
 from __future__ import annotations
 
@@ -44,8 +43,8 @@ def check_real(name: str, value: object, low: float, high: float) -> float:
 
 
 def check_fields(fields: torch.Tensor, names: Sequence[str]) -> None:
-    """Refuses what is not a float64 CPU tensor with one number a name (ValueError). Reads no value, so it can be
-    traced.""" if fields.dtype != torch.float64 or tuple(fields.shape) != (len(names),) or fields.device.type != "cpu":
+    """Refuses what is not a float64 CPU tensor with one number a name (ValueError). Reads no value: traceable."""
+    if fields.dtype != torch.float64 or tuple(fields.shape) != (len(names),) or fields.device.type != "cpu":
         raise ValueError(
             f"fields must be a float64 CPU tensor ({', '.join(names)}), "
             f"got {fields.dtype}, shape {tuple(fields.shape)}, on {fields.device}"
@@ -70,7 +69,9 @@ def boxes(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
 
 def scale_of_mask(size: int, kept: torch.Tensor) -> torch.Tensor:
     """Size / Sum of a mask as a 0-d float64 tensor on the device of `kept`, an integer tensor; 0 if nothing is kept."""
-    return torch.where(kept > 0, size / kept.to(torch.float64), 0.0)
+    total = torch.full((), size, dtype=torch.float64, device=kept.device)
+    # torch.div of two tensors: `int / tensor` is a reciprocal and a product, rounded twice.
+    return torch.where(kept > 0, torch.div(total, kept.to(torch.float64)), 0.0)
 
 
 def write_masked(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, dropped: torch.Tensor) -> None:
