@@ -152,7 +152,8 @@ def _trace(model: nn.Module, candidates: dict[str, nn.Module], example: Example)
 
     handles = [watch(name, module) for name, module in candidates.items()]
     try:
-        with _untouched(model), torch.no_grad():
+        # Compiled parts run as they were written: Dynamo would compile them for the sake of hooks that do not stay.
+        with _untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             if isinstance(example, Mapping):
                 model(**example)
             elif isinstance(example, tuple):

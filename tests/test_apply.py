@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ import torchvision
 from autodropout.reproduce.models.wide_resnet import WideBlock
 from autodropout.reproduce.models.wide_resnet import WideResNet
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from twins import tiled_numpy as twin
 
@@ -325,6 +329,32 @@ def test_patterns_of_a_compiled_model_can_be_changed() -> None:
             assert torch.equal(run(compiled), expected)
 
 
+@pytest.mark.parametrize("example", [IMAGES, None], ids=["example", "blind"])
+def test_model_may_be_compiled_in_place_before(example: torch.Tensor | None) -> None:
+    """The search for sites runs the model: compiled code must not remember the hooks it does that with."""
+    torch.compiler.reset()
+    model = small()
+    eager = copy.deepcopy(model)
+    model.compile(fullgraph=True, backend="aot_eager")
+    apply_policy(model, MIXED, example)
+    apply_policy(eager, MIXED, IMAGES)
+    with torch.no_grad():
+        assert torch.equal(run(model), run(eager))
+        assert torch.equal(run(model.eval()), run(eager.eval()))
+
+
+def test_reset_makes_a_compiled_model_see_its_policy() -> None:
+    torch.compiler.reset()
+    model = small().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        run(compiled)
+        apply_policy(model, MIXED, IMAGES)
+        torch.compiler.reset()
+        expected = train_copy(model)
+        assert torch.equal(run(compiled), expected)
+
+
 def test_removal_reaches_a_compiled_model() -> None:
     torch.compiler.reset()
     plain = small()
@@ -345,6 +375,29 @@ def test_functional_call() -> None:
     torch.manual_seed(7)
     got = torch.func.functional_call(model, state, (IMAGES,))
     assert torch.equal(got, train_copy(model))
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, fully_shard])
+def test_distributed_wrappers(wrap: Any, tmp_path: Path) -> None:
+    """One process, rank 0: wrapped and plain model draw the same masks, and the policy comes off a wrapped model."""
+    model = small()
+    apply_policy(model, MIXED, example=IMAGES)
+    plain = copy.deepcopy(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = wrap(model, **({"mesh": init_device_mesh("cpu", (1,))} if wrap is fully_shard else {}))
+        expected, got = run(plain), run(wrapped)
+        assert torch.equal(got, expected)
+        expected.square().mean().backward()
+        got.square().mean().backward()
+        for one, other in zip(wrapped.parameters(), plain.parameters(), strict=True):
+            grad = one.grad.full_tensor() if isinstance(one.grad, DTensor) else one.grad
+            assert torch.equal(grad, other.grad)
+        remove_policy(wrapped)
+        remove_policy(plain)
+        assert torch.equal(run(wrapped), run(plain))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_checkpointing_draws_the_same_masks_again() -> None:
