@@ -74,10 +74,10 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     and our `WideBlock`.
 
     The keys of the `state_dict` stay the same, evaluation does what it did, and `deepcopy`, pickling, EMA copies,
-    `torch.compile`, `torch.export`, DDP and FSDP work. Two traps: Dynamo does not look for new hooks, so apply before the
-    first run of a compiled model or call `torch.compiler.reset()` after; `convert_sync_batchnorm` loses hooks, so convert
-    first. The dropout of a site follows the training flag of its batch normalisation: a frozen one, in evaluation mode,
-    drops nothing.
+    `torch.compile`, `torch.export`, DDP and FSDP work. Two traps: Dynamo does not look for new hooks, so apply before
+    the first run of a compiled model or call `torch.compiler.reset()` after; `convert_sync_batchnorm` loses hooks, so
+    convert first. The dropout of a site follows the training flag of its batch normalisation: a frozen one, in
+    evaluation mode, drops nothing.
 
     Args:
         model: any module; see `find_sites` for what its sites are.
