@@ -2,7 +2,7 @@
 
 Each assertion compares a mean over independent planes with its expectation at 4 standard errors: two-sided
 alpha = 6.3e-5 by the normal approximation, so that a correct implementation would fail one of the 240 tiled comparisons
-with probability 1.5%, and one of the 24 of DropBlock with 0.15%, once: the seeds are fixed, so a pass stays a pass.
+with probability 1.5%, and one of the 48 of DropBlock with 0.3%, once: the seeds are fixed, so a pass stays a pass.
 """
 
 from __future__ import annotations
@@ -66,4 +66,5 @@ def test_drop_block_delivers_the_requested_rate(side: int, block_size: int, rate
     shares = (y == 0).double().mean(dim=(2, 3)).flatten()
     error = abs(shares.mean().item() - rate)
     assert error <= SIGMAS * shares.std().item() / math.sqrt(shares.numel())
-    assert BlockPattern(rate, block_size).expected_rate(side, side) == pytest.approx(rate, abs=1e-6)
+    # A block starts where a 32-bit word is below a threshold, and drops at most block_size^2 < 2^6 cells.
+    assert BlockPattern(rate, block_size).expected_rate(side, side) == pytest.approx(rate, abs=2**-26)

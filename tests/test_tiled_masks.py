@@ -235,7 +235,7 @@ def step(
     """Output and gradient of a function of x; the upstream gradient is not constant."""
     x = x.detach().requires_grad_()
     y = function(x, fields, seed)
-    (gradient,) = torch.autograd.grad(y, x, torch.cos(x.detach()))
+    (gradient,) = torch.autograd.grad(y, x, torch.cos(y.detach()))
     return y.detach(), gradient
 
 
