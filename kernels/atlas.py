@@ -219,5 +219,5 @@ def _fragments(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
     """For every cell of the last axis the byte whose bit b says whether the cell b places further is kept (0 beyond)."""
     bits = np.zeros(kept.shape, dtype=np.uint8)
     for b in range(8):
-        bits[..., : kept.shape[-1] - b] |= kept[..., b:].astype(np.uint8) << b
+        bits[..., : max(0, kept.shape[-1] - b)] |= kept[..., b:].astype(np.uint8) << b
     return bits

@@ -138,9 +138,10 @@ def _scale(atlas: Atlas, starts: torch.Tensor, normalize: str) -> torch.Tensor:
     if normalize != "mask":
         return torch.full((), fixed_scale(atlas, normalize), dtype=torch.float64, device=starts.device)
     dropped = atlas.counts_by_start.to(starts.device).index_select(0, starts.reshape(-1)).sum()
-    size = starts.numel() * atlas.height * atlas.width
+    size = torch.full((), starts.numel() * atlas.height * atlas.width, dtype=torch.float64, device=starts.device)
     kept = size - dropped
-    return torch.where(kept > 0, size / kept.double(), 0.0)
+    # torch.div, because `int / tensor` is a reciprocal and a product, rounded twice.
+    return torch.where(kept > 0, torch.div(size, kept), 0.0)
 
 
 def fixed_scale(atlas: Atlas, normalize: str) -> float:

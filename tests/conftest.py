@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,3 +25,26 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.fail(f"AUTODROPOUT_DATA must name a folder, got {value!r}")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_rounds_like_a_gpu() -> None:
+    """Triton's interpreter truncates float32 to bfloat16, where compiled code rounds to nearest even (`cvt.rn`).
+
+    test_machine_code.py asserts the latter; here the interpreter is taught the same, so that values can be compared.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    truncating = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return truncating(self, src, dst_type)
+        rounded = torch.from_numpy(np.array(src.data)).to(torch.bfloat16).view(torch.uint16).numpy()
+        return interpreter.TensorHandle(rounded, dst_type.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = rounding
