@@ -6,6 +6,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def draw_policy(policy: Policy, map_size: int = 32) -> Figure:
     left = MARGIN + LABEL
     colours = ListedColormap([DROPPED, KEPT])
 
-    def text(x: float, y: float, string: str, **style: object) -> Text:
+    def text(x: float, y: float, string: str, **style: Any) -> Text:
         # parse_math: a dollar sign in the name of a site is a dollar sign.
         return figure.text(x / width, 1 - y / height, string, parse_math=False, **style)
 
@@ -84,7 +85,8 @@ def draw_policy(policy: Policy, map_size: int = 32) -> Figure:
     for i, site in enumerate(policy.sites):
         top = MARGIN + HEAD + i * (row + BETWEEN)
         middle = top + TITLE + PANEL / 2
-        _fit(text(MARGIN, middle - 0.02, site.name, size=8.5, weight="bold", color=INK, va="bottom"))
+        name = text(MARGIN, middle - 0.02, site.name, size=8.5, weight="bold", color=INK, va="bottom")
+        _cut(name, (LABEL - GAP) * figure.dpi)
         where = f"depth {site.depth:.3g}" if site.place == "batch_norm" else f"depth {site.depth:.3g}, {site.place}"
         text(MARGIN, middle + 0.04, where, size=7.5, color=MUTED, va="top")
         text(left, top + TITLE - 0.055, _describe(site.pattern), size=7.5, color=INK, va="baseline")
@@ -143,9 +145,9 @@ def _describe(pattern: Pattern | None) -> str:
     return f"{pattern.op}: {', '.join(shown)}"
 
 
-def _fit(label: Text) -> None:
-    """Cuts the name of a site in front where it would run into the panels: paths of modules differ at their ends."""
+def _cut(label: Text, width: float) -> None:
+    """Cuts a name in front until it is at most `width` dots wide: the paths of modules differ at their ends."""
     name = label.get_text()
-    while name and label.get_window_extent().width > (LABEL - GAP) * label.get_figure().dpi:
+    while name and label.get_window_extent().width > width:
         name = name[1:]
         label.set_text(f"\u2026{name}")
