@@ -42,17 +42,20 @@ def _below(word, n):
 
 
 @triton.jit
-def _fragment_place(start, fragment, height, width, pitch, step, start_step, ROWS: tl.constexpr):
-    """Byte in the table, first cell in the plane, and cells from there to the end of the row of cells."""
+def _fragment_place(start, fragment, height, width, cells, pitch, step, start_step, ROWS: tl.constexpr):
+    """Of a fragment: its byte in the table, its first cell in the plane, and the same in the row of cells it lies in.
+
+    Last, whether that row is in the map, and the cells of a row: what is behind them must be neither read nor written.
+    """
     if ROWS:
         per_row = (width + 7) // 8
         row = fragment // per_row
         column = (fragment - row * per_row) * 8
         period = 2 * height - 1
         byte = (start % period + row) * pitch + width - 1 - start // period + column
-        return byte, row * width + column, tl.where(row < height, width - column, 0)
+        return byte, row * width + column, column, row < height, width
     else:
-        return start * start_step + fragment * step, fragment * 8, height * width - fragment * 8
+        return start * start_step + fragment * step, fragment * 8, fragment * 8, fragment >= 0, cells
 
 
 @triton.jit
@@ -130,14 +133,17 @@ def apply_kernel(
     plane = (block // fragment_blocks).to(tl.int64) * PLANES + tl.arange(0, PLANES)
     fragment = (block % fragment_blocks) * FRAGMENTS + tl.arange(0, FRAGMENTS)
     start = tl.load(starts_ptr + plane // channels_per_start, mask=plane < planes, other=0)
-    byte, cell, left = _fragment_place(start[:, None], fragment[None, :], height, width, pitch, step, start_step, ROWS)
-    inside = (plane < planes)[:, None] & (left > 0)
+    byte, cell, column, in_map, row_cells = _fragment_place(
+        start[:, None], fragment[None, :], height, width, cells, pitch, step, start_step, ROWS
+    )
+    inside = (plane < planes)[:, None] & in_map & (column < row_cells)
     bits = tl.load(fragments_ptr + byte, mask=inside, other=0)
 
     lane = tl.arange(0, 8)
     kept = ((bits[:, :, None] >> lane[None, None, :].to(tl.uint8)) & 1) != 0
     offset = (plane * cells)[:, None, None] + (cell[:, :, None] + lane[None, None, :])
-    inside = (plane < planes)[:, None, None] & (lane[None, None, :] < left[:, :, None])
+    inside = (plane < planes)[:, None, None] & in_map[:, :, None]
+    inside = inside & (column[:, :, None] + lane[None, None, :] < row_cells)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0)
     tl.store(y_ptr + offset, _masked_product(x, kept, tl.load(scale_ptr)), mask=inside)
 
@@ -169,15 +175,18 @@ def apply_channels_last_kernel(
     sample = (block // fragment_blocks).to(tl.int64)
     which = tl.where(starts_per_sample == 1, 0, channel)
     start = tl.load(starts_ptr + sample * starts_per_sample + which, mask=channel < channels, other=0)
-    byte, cell, left = _fragment_place(start[None, :], fragment[:, None], height, width, pitch, step, start_step, ROWS)
-    inside = (channel < channels)[None, :] & (left > 0)
+    byte, cell, column, in_map, row_cells = _fragment_place(
+        start[None, :], fragment[:, None], height, width, height * width, pitch, step, start_step, ROWS
+    )
+    inside = (channel < channels)[None, :] & in_map & (column < row_cells)
     bits = tl.load(fragments_ptr + byte, mask=inside, other=0)
 
     lane = tl.arange(0, 8)
     kept = ((bits[:, None, :] >> lane[None, :, None].to(tl.uint8)) & 1) != 0
     place = sample * height * width + (cell[:, None, :] + lane[None, :, None])
     offset = place * channels + channel[None, None, :]
-    inside = (channel < channels)[None, None, :] & (lane[None, :, None] < left[:, None, :])
+    inside = (channel < channels)[None, None, :] & in_map[:, None, :]
+    inside = inside & (column[:, None, :] + lane[None, :, None] < row_cells)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0)
     tl.store(y_ptr + offset, _masked_product(x, kept, tl.load(scale_ptr)), mask=inside)
 
