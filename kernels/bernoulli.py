@@ -32,6 +32,7 @@ from .masking import check_choice
 from .masking import check_fields
 from .masking import check_real
 from .masking import scale_of_mask
+from .masking import unbatched
 from .masking import write_masked
 from .philox import MASK32
 from .philox import philox
@@ -101,7 +102,7 @@ def _dropped(
 ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
     """The mask slice by slice: index slices into x, and a bool tensor, True = dropped, that broadcasts to that part."""
     threshold = math.floor(rate * 2**32)
-    for box in boxes(shape, SLICE_CELLS):
+    for box in boxes(shape, SLICE_CELLS if shared == "none" else 4 * SLICE_CELLS):
         samples = box[0]
         sides = [s.stop - s.start for s in box] + list(shape[len(box) :])
         if shared == "none":
@@ -167,6 +168,14 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return torch.ops.autodropout.bernoulli_apply(grad, fields, seed, scale, ctx.shared, ctx.rank), *([None] * 5)
 
 
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, fields: Any, seed: Any, scale: Any, *rest: Any
+) -> tuple[torch.Tensor, int]:
+    """Every element of the batch is a call of its own with the same seed, and so gets the same mask."""
+    elements = unbatched(in_dims, x)
+    return torch.stack([torch.ops.autodropout.bernoulli_apply(e, fields, seed, scale, *rest) for e in elements]), 0
+
+
 register_op(
     "bernoulli_scale(Tensor fields, Tensor seed, SymInt[] shape, str shared, str normalize, SymInt rank) -> Tensor",
     _scale,
@@ -178,4 +187,5 @@ register_op(
     lambda x, fields, seed, scale, shared, rank: torch.empty_like(x),
     setup_context=_setup_context,
     backward=_backward,
+    vmap=_vmap,
 )

@@ -14,7 +14,7 @@ The bits (our choice, frozen by golden vectors in the tests):
 
 - lambda is rounded to 24 significant decimal digits, half to even. `t_k = floor(P(K <= k) * 2^32 + 1/2)` for that
   lambda, in exact decimal arithmetic. A rate below 2^-80 counts as 0.
-- With channel = 0 for `share_c`: word 0 of Philox with counter (channel, 0, n, rank) gives K, the number of t_k <= word.
+- With channel = 0 for `share_c`: word 0 of Philox with counter (channel, 0, n, rank) gives K, the count of t_k <= word.
 - Block j = 0..K-1 takes words `2 * (j mod 2)` and `2 * (j mod 2) + 1` of counter (channel, 1 + j div 2, n, rank):
   `top = (word * (H-b_h+1)) >> 32`, `left = (word' * (W-b_w+1)) >> 32`.
 
@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,8 +43,11 @@ from .masking import check_activation
 from .masking import check_choice
 from .masking import check_fields
 from .masking import check_real
+from .masking import compute_type
 from .masking import scale_of_mask
+from .masking import unbatched
 from .masking import write_masked
+from .masking import write_product
 from .philox import below
 from .philox import philox
 from .registration import register_op
@@ -54,6 +58,11 @@ from .seeds import as_seed
 FIELDS = ("rate", "block_size")
 MAX_RATE = 0.95
 MAX_BLOCK = 2**31 - 1
+
+# Work at a time: cells of a mask (a byte each, two copies), planes and blocks of a draw (48 bytes each in Philox).
+DILATED_CELLS = 1 << 21
+PLANES_AT_ONCE = 1 << 15
+BLOCKS_AT_ONCE = 1 << 16
 
 # Decimal's exp is correctly rounded, so every machine finds the same digits. A rate of 2^-80 costs 24 of the 72 by
 # cancellation; the rest is twice what lambda keeps.
@@ -109,7 +118,7 @@ def block_dropout(
     elif not isinstance(fields, Sequence) or len(fields) != 2:
         raise TypeError(f"fields must be (rate, block_size) or a float64 CPU tensor of shape (2,), got {fields!r}")
     else:
-        fields = torch.tensor(_check_values(*fields), dtype=torch.float64, device="cpu")
+        fields = torch.tensor(check_values(*fields), dtype=torch.float64, device="cpu")
     seed = as_seed(seed, x.device)
     rank = as_rank(rank)
     scale = torch.ops.autodropout.block_scale(fields, seed, x.shape, share_c, normalize, rank)
@@ -117,7 +126,7 @@ def block_dropout(
     return y
 
 
-def _check_values(rate: object, block_size: object) -> tuple[float, float]:
+def check_values(rate: object, block_size: object) -> tuple[float, float]:
     rate, side = check_real("rate", rate, 0, MAX_RATE), check_real("block_size", block_size, 1, MAX_BLOCK)
     if side != int(side):
         raise ValueError(f"block_size must be a whole number, got {side}")
@@ -148,6 +157,10 @@ class Geometry:
             self._on_device[device] = self.thresholds.to(device)
         return self._on_device[device]
 
+    def planes_at_once(self, limit: int) -> int:
+        """Planes to draw at a time, at least one: `limit`, or fewer so that their blocks do not grow too many."""
+        return max(1, min(limit, PLANES_AT_ONCE, BLOCKS_AT_ONCE // (int(self.mean) + 1)))
+
 
 @lru_cache(maxsize=256)
 def geometry(rate: float, block_size: float, height: int, width: int) -> Geometry:
@@ -156,7 +169,7 @@ def geometry(rate: float, block_size: float, height: int, width: int) -> Geometr
     Raises:
         TypeError, ValueError: a value is out of its range; the message names it.
     """
-    rate, block_size = _check_values(rate, block_size)
+    rate, block_size = check_values(rate, block_size)
     return Geometry(rate, int(block_size), height, width)
 
 
@@ -213,78 +226,101 @@ def _poisson_thresholds(mean: Decimal) -> list[int]:
     return thresholds
 
 
+class Blocks(NamedTuple):
+    """The blocks of some planes, one entry each.
+
+    Attributes:
+        there: bool; False for a block that is not drawn (lists are padded where counting would wait for the device).
+        sample, channel: int64, the plane, in x.
+        top, left: int64, the corner.
+    """
+
+    there: torch.Tensor
+    sample: torch.Tensor
+    channel: torch.Tensor
+    top: torch.Tensor
+    left: torch.Tensor
+
+
+def _draw(blocks: Geometry, samples: slice, channels: slice, seed: torch.Tensor, rank: int) -> Blocks:
+    """All blocks of the planes `samples` x `channels`."""
+    device = seed.device
+    sample = torch.arange(samples.start, samples.stop, device=device)[:, None]
+    channel = torch.arange(channels.start, channels.stop, device=device)[None]
+    thresholds = blocks.thresholds_on(device)
+    number = torch.searchsorted(thresholds, philox(channel, 0, sample, rank, seed)[0].reshape(-1), right=True)
+    # Two blocks share a call of Philox. On the CPU the calls that are needed are listed; elsewhere that would wait for
+    # the device, so every plane makes as many as the most blocks could need.
+    if device.type == "cpu":
+        calls = (number + 1) >> 1
+        plane = torch.repeat_interleave(calls)
+        call = torch.arange(plane.shape[0]) - (calls.cumsum(0) - calls)[plane]
+    else:
+        most = (len(thresholds) + 1) // 2
+        plane = torch.arange(len(number), device=device).repeat_interleave(most, output_size=len(number) * most)
+        call = torch.arange(most, device=device).repeat(len(number))
+    width = channels.stop - channels.start
+    sample, channel = samples.start + plane // width, channels.start + plane % width
+    words = philox(channel, 1 + call, sample, rank, seed)
+    tops, lefts = blocks.positions
+    pairs = Blocks(
+        torch.stack([2 * call + j < number[plane] for j in (0, 1)]),
+        sample.expand(2, -1),
+        channel.expand(2, -1),
+        torch.stack([below(words[0], tops), below(words[2], tops)]),
+        torch.stack([below(words[1], lefts), below(words[3], lefts)]),
+    )
+    if device.type == "cpu":
+        return Blocks(*(values[pairs.there] for values in pairs))
+    return Blocks(*(values.reshape(-1) for values in pairs))
+
+
 def _dropped(
-    shape: Sequence[int], fields: torch.Tensor, seed: torch.Tensor, share_c: bool, rank: int
+    shape: Sequence[int], blocks: Geometry, seed: torch.Tensor, share_c: bool, rank: int
 ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
     """The mask slice by slice: (samples, channels) of x, and a bool tensor, True = dropped, broadcasting to it."""
-    check_fields(fields, FIELDS)
     N, C, H, W = shape
-    if 0 in shape:
-        _check_values(*fields.tolist())
-        return
-    blocks = geometry(*fields.tolist(), H, W)
-    for samples, *rest in boxes((N, C), max(1, SLICE_CELLS // (H * W))):
+    cells = H * W * (C if share_c else 1)
+    for samples, *rest in boxes((N,) if share_c else (N, C), blocks.planes_at_once(DILATED_CELLS // cells)):
         channels = rest[0] if rest else slice(0, C)
         drawn = slice(0, 1) if share_c else channels
-        yield (samples, channels), _draw(blocks, H, W, samples, drawn, seed, rank)
+        planes = samples.stop - samples.start, drawn.stop - drawn.start
+        dropped = torch.zeros(math.prod(planes) * H * W + 1, dtype=torch.uint8, device=seed.device)
+        if len(blocks.thresholds):
+            there, sample, channel, top, left = _draw(blocks, samples, drawn, seed, rank)
+            plane = (sample - samples.start) * planes[1] + channel - drawn.start
+            dropped[torch.where(there, (plane * H + top) * W + left, -1)] = 1  # the last byte is where no block goes
+        yield (samples, channels), _dilate(dropped[:-1], W, blocks.block).view(torch.bool).view(*planes, H, W)
 
 
-def _draw(
-    blocks: Geometry, H: int, W: int, samples: slice, channels: slice, seed: torch.Tensor, rank: int
-) -> torch.Tensor:
-    """The dropped cells of some planes: bool (samples, channels, H, W)."""
-    sample = torch.arange(samples.start, samples.stop, device=seed.device)[:, None]
-    channel = torch.arange(channels.start, channels.stop, device=seed.device)[None]
-    n, c = sample.shape[0], channel.shape[1]
-    planes = n * c
-    corners = torch.zeros(planes * H * W + 1, dtype=torch.uint8, device=seed.device)  # one more: where no block goes
-    thresholds = blocks.thresholds_on(seed.device)
-    if len(thresholds):
-        word = philox(channel, 0, sample, rank, seed)[0]
-        number = torch.searchsorted(thresholds, word.reshape(-1), right=True)
-        # Two blocks share a call of Philox. On the CPU the calls that are needed are listed; elsewhere that would wait
-        # for the device, so every plane makes as many as the longest list could need.
-        if seed.device.type == "cpu":
-            calls = (number + 1) >> 1
-            plane = torch.repeat_interleave(calls)
-            call = torch.arange(plane.shape[0]) - (calls.cumsum(0) - calls)[plane]
-        else:
-            most = (len(thresholds) + 1) // 2
-            plane = torch.arange(planes, device=seed.device).repeat_interleave(most, output_size=planes * most)
-            call = torch.arange(most, device=seed.device).repeat(planes)
-        words = philox(channels.start + plane % c, 1 + call, samples.start + plane // c, rank, seed)
-        for j in (0, 1):
-            top, left = (below(w, p) for w, p in zip(words[2 * j : 2 * j + 2], blocks.positions, strict=True))
-            there = 2 * call + j < number[plane]
-            corners[torch.where(there, (plane * H + top) * W + left, planes * H * W)] = 1
-    grid = corners[:-1].view(planes, H, W)
-    for axis, b in zip((1, 2), blocks.block, strict=True):
-        grid = _dilate(grid, axis, b)
-    return grid.view(torch.bool).view(n, c, H, W)
+def _dilate(corners: torch.Tensor, width: int, block: tuple[int, int]) -> torch.Tensor:
+    """Every 1 of the flat maps spreads over its block; runs double, so an axis takes log2(side) passes.
 
-
-def _dilate(grid: torch.Tensor, axis: int, block: int) -> torch.Tensor:
-    """Every 1 spreads over the `block` cells that begin with it; runs double, so that it takes log2(block) passes."""
-    run = 1
-    while run < block:
-        shift = min(run, block - run)
-        spread = grid.clone()
-        spread.narrow(axis, shift, grid.shape[axis] - shift).bitwise_or_(grid.narrow(axis, 0, grid.shape[axis] - shift))
-        grid, run = spread, run + shift
-    return grid
+    Blocks lie inside their maps, so that nothing spreads past the end of a row or of a map.
+    """
+    for pitch, side in zip((width, 1), block, strict=True):
+        run = 1
+        while run < side:
+            shift = min(run, side - run)
+            spread = corners.clone()
+            spread[shift * pitch :].bitwise_or_(corners[: len(corners) - shift * pitch])
+            corners, run = spread, run + shift
+    return corners
 
 
 def _scale(
     fields: torch.Tensor, seed: torch.Tensor, shape: Sequence[int], share_c: bool, normalize: str, rank: int
 ) -> torch.Tensor:
     check_fields(fields, FIELDS)
-    rate, _ = _check_values(*fields.tolist())
+    rate, block_size = check_values(*fields.tolist())
     if normalize == "mask":
-        size = math.prod(shape)
         dropped = torch.zeros((), dtype=torch.int64, device=seed.device)
-        for (_, channels), part in _dropped(shape, fields, seed, share_c, rank):
-            dropped += part.sum() * ((channels.stop - channels.start) // part.shape[1])
-        return scale_of_mask(size, size - dropped)
+        size = math.prod(shape)
+        if size:
+            blocks = geometry(rate, block_size, shape[2], shape[3])
+            for _, part in _dropped(shape, blocks, seed, share_c, rank):
+                dropped += torch.count_nonzero(part)
+        return scale_of_mask(size, size - dropped * (shape[1] if share_c else 1))
     value = 1 / (1 - rate) if normalize == "expected" else 1.0
     return torch.full((), value, dtype=torch.float64, device=seed.device)
 
@@ -292,10 +328,39 @@ def _scale(
 def _apply(
     x: torch.Tensor, fields: torch.Tensor, seed: torch.Tensor, scale: torch.Tensor, share_c: bool, rank: int
 ) -> torch.Tensor:
+    check_fields(fields, FIELDS)
+    rate, block_size = check_values(*fields.tolist())
     y = torch.empty_like(x)
-    for box, dropped in _dropped(x.shape, fields, seed, share_c, rank):
-        write_masked(y[box], x[box], scale, dropped)
+    if x.numel() == 0:
+        return y
+    H, W = x.shape[2:]
+    blocks = geometry(rate, block_size, H, W)
+    if x.device.type == "cpu" and not share_c and 2 * blocks.mean * math.prod(blocks.block) < H * W:
+        _apply_sparse(y, x, blocks, seed, scale, rank)
+    else:
+        for box, dropped in _dropped(x.shape, blocks, seed, share_c, rank):
+            write_masked(y[box], x[box], scale, dropped)
     return y
+
+
+def _apply_sparse(
+    y: torch.Tensor, x: torch.Tensor, blocks: Geometry, seed: torch.Tensor, scale: torch.Tensor, rank: int
+) -> None:
+    """Few blocks, on the CPU: a product without a mask, then zeros written block by block, at their place in memory."""
+    factor = scale.to(compute_type(x))
+    for box in boxes(x.shape, DILATED_CELLS):
+        write_product(y[box], x[box], factor)
+    if not len(blocks.thresholds):
+        return
+    memory = y.as_strided((y.numel(),), (1,))  # empty_like leaves no gaps, so every place is a cell
+    rows, columns = (torch.arange(side) for side in blocks.block)
+    inside = (rows[:, None] * y.stride(2) + columns * y.stride(3)).reshape(-1)
+    at_once = max(1, SLICE_CELLS // len(inside))
+    for samples, *rest in boxes(x.shape[:2], blocks.planes_at_once(PLANES_AT_ONCE)):
+        _, *place = _draw(blocks, samples, rest[0] if rest else slice(0, x.shape[1]), seed, rank)
+        corner = sum((value * stride for value, stride in zip(place, y.stride(), strict=True)), torch.tensor(0))
+        for first in range(0, len(corner), at_once):
+            memory.index_fill_(0, (corner[first : first + at_once, None] + inside).reshape(-1), 0.0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -310,6 +375,14 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return torch.ops.autodropout.block_apply(grad, fields, seed, scale, ctx.share_c, ctx.rank), *([None] * 5)
 
 
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, fields: Any, seed: Any, scale: Any, *rest: Any
+) -> tuple[torch.Tensor, int]:
+    """Every element of the batch is a call of its own with the same seed, and so gets the same mask."""
+    elements = unbatched(in_dims, x)
+    return torch.stack([torch.ops.autodropout.block_apply(e, fields, seed, scale, *rest) for e in elements]), 0
+
+
 register_op(
     "block_scale(Tensor fields, Tensor seed, SymInt[] shape, bool share_c, str normalize, SymInt rank) -> Tensor",
     _scale,
@@ -321,4 +394,5 @@ register_op(
     lambda x, fields, seed, scale, share_c, rank: torch.empty_like(x),
     setup_context=_setup_context,
     backward=_backward,
+    vmap=_vmap,
 )

@@ -12,7 +12,7 @@ import torch
 NORMALIZE = ("expected", "mask", "none")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# Cells masked at a time. The six int64 buffers of Philox then take 3 MB: they stay in the cache and fill two threads.
+# Cells masked at a time. The six int64 buffers of Philox then take 3 MB, few enough to stay in a cache.
 SLICE_CELLS = 1 << 18
 
 
@@ -74,16 +74,37 @@ def scale_of_mask(size: int, kept: torch.Tensor) -> torch.Tensor:
     return torch.where(kept > 0, torch.div(total, kept.to(torch.float64)), 0.0)
 
 
-def write_masked(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, dropped: torch.Tensor) -> None:
-    """`out = x * scale`, zero where `dropped` (which broadcasts).
-
-    The scale is rounded once to the compute type, float32 or for float64 tensors float64; the product is formed there
-    and then cast. Zeros are written, not multiplied: whatever stood there, NaN and Inf included, is gone.
-    """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    factor = scale.to(compute)
-    if x.dtype == compute:
+def write_product(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> None:
+    """`out = x * factor`, formed in the compute type, that of `factor`, and then cast."""
+    if x.dtype == factor.dtype:
         torch.mul(x, factor, out=out)
     else:
-        out.copy_(x.to(compute).mul_(factor))
+        out.copy_(x.to(factor.dtype).mul_(factor))
+
+
+def write_masked(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, dropped: torch.Tensor) -> None:
+    """`out = x * scale`, zero where `dropped` (which broadcasts), whatever stood there, NaN and Inf included.
+
+    The scale is rounded once to the compute type, float32 or for float64 tensors float64.
+    """
+    factor = scale.to(compute_type(x))
+    if dropped.numel() < x.numel() and x.device.type == "cpu":
+        # The mask of a few shared decisions costs nothing as a factor, but 0 * NaN is NaN: then, or when the sum itself
+        # overflows, zeros are written as well. Asking another device would make the host wait.
+        write_product(out, x, torch.where(dropped, 0.0, factor))
+        if out.sum(dtype=factor.dtype).isfinite():
+            return
+    else:
+        write_product(out, x, factor)
     out.masked_fill_(dropped, 0.0)
+
+
+def compute_type(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def unbatched(in_dims: tuple[int | None, ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The elements of a tensor batched by vmap; ValueError when anything else is batched too."""
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        raise ValueError("seed and fields must not be batched by vmap: draw outside it, or call the op once per seed")
+    return x.unbind(in_dims[0])
