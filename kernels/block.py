@@ -64,6 +64,9 @@ DILATED_CELLS = 1 << 21
 PLANES_AT_ONCE = 1 << 15
 BLOCKS_AT_ONCE = 1 << 16
 
+# Below this expected number of dropped cells per cell, overlaps counted, blocks are written to the output one by one.
+SPARSE = 0.5
+
 # Decimal's exp is correctly rounded, so every machine finds the same digits. A rate of 2^-80 costs 24 of the 72 by
 # cancellation; the rest is twice what lambda keeps.
 CONTEXT = decimal.Context(
@@ -242,16 +245,22 @@ class Blocks(NamedTuple):
     left: torch.Tensor
 
 
-def _draw(blocks: Geometry, samples: slice, channels: slice, seed: torch.Tensor, rank: int) -> Blocks:
-    """All blocks of the planes `samples` x `channels`."""
+def _draw(
+    blocks: Geometry, samples: slice, channels: slice, seed: torch.Tensor, rank: int, listed: bool | None = None
+) -> Blocks:
+    """All blocks of the planes `samples` x `channels`.
+
+    Two blocks share a call of Philox. On the CPU the calls that are needed are listed. Elsewhere that would wait for
+    the device, so every plane makes as many as the most blocks could need. (`listed` says which, for tests.)
+    """
     device = seed.device
     sample = torch.arange(samples.start, samples.stop, device=device)[:, None]
     channel = torch.arange(channels.start, channels.stop, device=device)[None]
     thresholds = blocks.thresholds_on(device)
     number = torch.searchsorted(thresholds, philox(channel, 0, sample, rank, seed)[0].reshape(-1), right=True)
-    # Two blocks share a call of Philox. On the CPU the calls that are needed are listed; elsewhere that would wait for
-    # the device, so every plane makes as many as the most blocks could need.
-    if device.type == "cpu":
+    if listed is None:
+        listed = device.type == "cpu"
+    if listed:
         calls = (number + 1) >> 1
         plane = torch.repeat_interleave(calls)
         call = torch.arange(plane.shape[0]) - (calls.cumsum(0) - calls)[plane]
@@ -270,7 +279,7 @@ def _draw(blocks: Geometry, samples: slice, channels: slice, seed: torch.Tensor,
         torch.stack([below(words[0], tops), below(words[2], tops)]),
         torch.stack([below(words[1], lefts), below(words[3], lefts)]),
     )
-    if device.type == "cpu":
+    if listed:
         return Blocks(*(values[pairs.there] for values in pairs))
     return Blocks(*(values.reshape(-1) for values in pairs))
 
@@ -335,7 +344,7 @@ def _apply(
         return y
     H, W = x.shape[2:]
     blocks = geometry(rate, block_size, H, W)
-    if x.device.type == "cpu" and not share_c and 2 * blocks.mean * math.prod(blocks.block) < H * W:
+    if x.device.type == "cpu" and not share_c and float(blocks.mean) * math.prod(blocks.block) < SPARSE * H * W:
         _apply_sparse(y, x, blocks, seed, scale, rank)
     else:
         for box, dropped in _dropped(x.shape, blocks, seed, share_c, rank):

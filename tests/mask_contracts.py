@@ -59,7 +59,7 @@ def check_non_finite(call: Call, fields: torch.Tensor, dtype: torch.dtype) -> No
 
 
 def check_gradients(call: Call, fields: torch.Tensor) -> None:
-    x = activation("contiguous", (2, 3, 4, 3)).double().requires_grad_()
+    x = activation("contiguous", (2, 2, 3, 3)).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: call(x, fields, SEED), (x,))
     assert torch.autograd.gradgradcheck(lambda x: call(x, fields, SEED), (x,))
 
