@@ -1,8 +1,10 @@
 """Puts a policy on a model, and takes it off again.
 
-At each site a child called `pattern_dropout` joins the module whose output is masked, and a forward hook calls it. The
-child has no parameters and no buffers, so the keys of the `state_dict` stay; the hook is a function of this file that
-finds the child through the module it is called for, so copies and pickles of the model keep dropping.
+At each site the module whose output is masked gets a child, `pattern_dropout`, and a subclass of its class, whose
+`forward` calls the child. The child has no parameters and no buffers, so the keys of the `state_dict` stay.
+
+A forward hook would be the obvious way, but Dynamo does not look for hooks (`skip_nnmodule_hook_guards`): code that it
+compiled for a model without a policy would be used, silently, for the same model with one. It does look at classes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .nn import PatternDropout
 from .patterns import Pattern
@@ -54,13 +55,42 @@ class AppliedSite:
 class SiteDropout(PatternDropout):
     """The `PatternDropout` of a site, which remembers how to take it off again."""
 
-    # A pickled model brings the ids of its hooks along; the handle, when unpickled, makes PyTorch count on from there.
-    # Without it the next hook that somebody registers could silently replace ours.
-    handle: RemovableHandle | None = None
-    was_child: bool = False  # stands for a None among the children, rather than among the attributes
+    was_child: bool = False  # it stands for a None among the children of its block, rather than among the attributes
 
     def _get_name(self) -> str:
         return "PatternDropout"
+
+
+class MaskedModule(nn.Module):
+    """What the classes of sites' modules have in common, see `masked_class`."""
+
+    unmasked_class: type[nn.Module]
+    pattern_dropout: SiteDropout
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        masked: torch.Tensor = self.pattern_dropout(super().forward(*args, **kwargs))
+        return masked
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickles and copies name the class that can be imported, and make this one from it.
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        return _new_masked, (self.unmasked_class, *reduced[1][1:]), *reduced[2:]
+
+
+_MASKED_CLASSES: dict[type[nn.Module], type[MaskedModule]] = {}
+
+
+def masked_class(kind: type[nn.Module]) -> type[MaskedModule]:
+    """The class of a module of this kind whose output is masked: always the same one, a subclass of the same name."""
+    if kind not in _MASKED_CLASSES:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        _MASKED_CLASSES[kind] = type(kind.__name__, (MaskedModule, kind), {"unmasked_class": kind, **names})
+    return _MASKED_CLASSES[kind]
+
+
+def _new_masked(kind: type[nn.Module], *arguments: Any) -> MaskedModule:
+    masked = masked_class(kind)
+    return masked.__new__(masked, *arguments)
 
 
 def apply_policy(model: nn.Module, policy: Policy, example: Example | None = None) -> list[AppliedSite]:
@@ -74,8 +104,7 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     and our `WideBlock`.
 
     The keys of the `state_dict` stay the same, evaluation does what it did, and `deepcopy`, pickling, EMA copies,
-    `torch.compile`, `torch.export`, DDP and FSDP work. Two traps: Dynamo does not look for new hooks, so apply before
-    the first run of a compiled model or call `torch.compiler.reset()` after; `convert_sync_batchnorm` loses hooks, so
+    `torch.compile` (before or after), `torch.export`, DDP and FSDP work. `convert_sync_batchnorm` makes new modules:
     convert first. The dropout of a site follows the training flag of its batch normalisation: a frozen one, in
     evaluation mode, drops nothing.
 
@@ -112,10 +141,19 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
 
 
 def remove_policy(model: nn.Module) -> None:
-    """Takes off what `apply_policy` put on a model, or on the one it is a copy of. Without a policy nothing happens."""
-    for parent, name, dropout in list(_site_dropouts(model)):
-        if dropout.handle is not None:
-            dropout.handle.remove()
+    """Takes off what `apply_policy` put on a model, or on the one it is a copy of. Without a policy nothing happens.
+
+    Raises:
+        ValueError: something else (a parametrization, `fully_shard` on the very module) changed the class of a site's
+            module after `apply_policy` did: undo that first. The model is left untouched.
+    """
+    found = list(_site_dropouts(model))
+    for parent, _, _ in found:
+        if isinstance(parent, MaskedModule) and type(parent) is not masked_class(parent.unmasked_class):
+            raise ValueError(f"model must have the classes that apply_policy gave it, got {type(parent).__name__}")
+    for parent, name, dropout in found:
+        if isinstance(parent, MaskedModule) and name == CHILD:
+            parent.__class__ = parent.unmasked_class  # type: ignore[assignment]
         if dropout.was_child:
             parent._modules[name] = None
         else:
@@ -181,10 +219,9 @@ def _applied(site: ModelSite, pattern: Pattern) -> AppliedSite:
 
 
 def _mask_output(module: nn.Module, pattern: Pattern) -> None:
-    dropout = SiteDropout(pattern).train(module.training)
-    module.add_module(CHILD, dropout)
+    module.add_module(CHILD, SiteDropout(pattern).train(module.training))
     if not isinstance(module, nn.Sequential):  # an empty one, see _mask_skip: it runs its children by itself
-        dropout.handle = module.register_forward_hook(_drop)
+        module.__class__ = masked_class(type(module))
 
 
 def _mask_skip(block: nn.Module, pattern: Pattern) -> None:
@@ -200,12 +237,6 @@ def _mask_skip(block: nn.Module, pattern: Pattern) -> None:
     while isinstance(module, nn.Sequential) and len(module) > 0:
         module = module[-1]
     _mask_output(module, pattern)
-
-
-def _drop(module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    """The forward hook of every site: a function at the top of a file, so that it can be pickled."""
-    masked: torch.Tensor = module.pattern_dropout(output)  # type: ignore[operator]
-    return masked
 
 
 def _site_dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, SiteDropout]]:

@@ -7,6 +7,8 @@ import functools
 import io
 import math
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 from twins import tiled_numpy as twin
 
 from autodropout import AppliedSite
@@ -118,9 +119,10 @@ def record(model: nn.Module, names: list[str], x: torch.Tensor = IMAGES, passes:
 
 
 def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Every attribute of every module; dictionaries copied, to see what was put into them."""
+    """Class and every attribute of every module; dictionaries copied, to see what was put into them."""
     return {
         name: {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        | {"__class__": type(module)}
         for name, module in model.named_modules(remove_duplicate=False)
     }
 
@@ -255,20 +257,53 @@ def test_copies_drop_alike(name: str, duplicate: Any) -> None:
         assert torch.equal(train_copy(model), dropped)  # the copy's removal is none of its business
 
 
-def test_hooks_of_others_cannot_replace_those_of_a_pickled_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new process counts the ids of hooks from 0 again, and a pickled module brings its ids along."""
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_keep_dropping(protocol: int) -> None:
+    model = small()
+    apply_policy(model, MIXED)
+    assert torch.equal(train_copy(pickle.loads(pickle.dumps(model, protocol))), train_copy(model))
+
+
+def test_a_new_process_can_read_a_pickle(tmp_path: Path) -> None:
+    model = small()
+    apply_policy(model, MIXED)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(IMAGES, tmp_path / "images.pt")
+    code = (
+        "import torch; model = torch.load('model.pt', weights_only=False); torch.manual_seed(7);"
+        "torch.save(model(torch.load('images.pt')), 'result.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "result.pt"), train_copy(model))
+
+
+def test_sites_keep_the_look_of_their_class() -> None:
+    model = small()
+    plain = copy.deepcopy(model)
+    apply_policy(model, Policy.uniform(TILED))
+    for name, module in plain.named_modules():
+        masked = model.get_submodule(name)
+        assert isinstance(masked, type(module))
+        assert (type(masked).__module__, type(masked).__qualname__) == (
+            type(module).__module__,
+            type(module).__qualname__,
+        )
+    child = "    (pattern_dropout): PatternDropout(TiledPattern(size=0.25, stride=0.25, repeat=2, rotate=30.0))"
+    lines = [line for line in repr(model.bn).splitlines() if "pattern_dropout" in line]
+    assert lines == [child[2:]]
+
+
+def test_removal_is_refused_where_classes_were_changed_since() -> None:
     model = small()
     apply_policy(model, Policy.uniform(TILED))
-    data = pickle.dumps(model)
-    monkeypatch.setattr(RemovableHandle, "next_id", 0)
-    loaded = pickle.loads(data)
-    dropped = train_copy(loaded)
-    ids = max(max(module._forward_hooks, default=0) for module in loaded.modules())
-    for _ in range(ids + 1):
-        for module in loaded.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.register_forward_hook(lambda *_: None)
-    assert torch.equal(run(loaded), dropped)
+    torch.nn.utils.parametrize.register_parametrization(model.bn, "weight", nn.Softplus())
+    attributes = snapshot(model)
+    with pytest.raises(ValueError, match=r"^model must have the classes .* got ParametrizedBatchNorm2d$"):
+        remove_policy(model)
+    assert_same_attributes(model, attributes)
+    torch.nn.utils.parametrize.remove_parametrizations(model.bn, "weight")
+    remove_policy(model)
+    assert type(model.bn) is nn.BatchNorm2d
 
 
 def test_averaged_copy() -> None:
@@ -343,29 +378,32 @@ def test_model_may_be_compiled_in_place_before(example: torch.Tensor | None) -> 
         assert torch.equal(run(model.eval()), run(eager.eval()))
 
 
-def test_reset_makes_a_compiled_model_see_its_policy() -> None:
-    torch.compiler.reset()
-    model = small().train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        run(compiled)
-        apply_policy(model, MIXED, IMAGES)
-        torch.compiler.reset()
-        expected = train_copy(model)
-        assert torch.equal(run(compiled), expected)
-
-
-def test_removal_reaches_a_compiled_model() -> None:
+def test_compiled_code_of_a_plain_model_is_not_used_for_one_with_a_policy() -> None:
+    """Dynamo keeps the code of a class, not of an object: a baseline and its competitor share it where guards allow."""
     torch.compiler.reset()
     plain = small()
-    model = copy.deepcopy(plain)
+    models = {"plain": plain}
+    for name, policy in {"mixed": MIXED, "tiled": Policy.uniform(TILED)}.items():
+        models[name] = copy.deepcopy(plain)
+        apply_policy(models[name], policy, example=IMAGES)
+    expected = {name: train_copy(model) for name, model in models.items()}
+    compiled = {name: torch.compile(model, fullgraph=True, backend="aot_eager") for name, model in models.items()}
+    for name in ("plain", "mixed", "tiled", "mixed", "plain", "tiled"):
+        assert torch.equal(run(compiled[name]), expected[name]), name
+
+
+def test_compiled_model_sees_its_policy_come_and_go() -> None:
+    torch.compiler.reset()
+    model = small()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    apply_policy(compiled, MIXED, example=IMAGES)
     with torch.no_grad():
-        assert torch.equal(run(compiled), train_copy(model))
-        remove_policy(compiled)
-        model.load_state_dict(plain.state_dict())
-        assert torch.equal(run(compiled), train_copy(plain))
+        for policy in (None, MIXED, Policy.uniform(TILED), None, MIXED):
+            remove_policy(compiled)
+            run(compiled.eval())  # a graph that the search for sites must not take
+            if policy is not None:
+                assert apply_policy(compiled, policy, IMAGES)
+            expected = train_copy(model)
+            assert torch.equal(run(compiled.train()), expected), policy
 
 
 def test_functional_call() -> None:
