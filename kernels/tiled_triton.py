@@ -71,7 +71,8 @@ def _masked_product(x, kept, scale):
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rank"])
+# Not on the seed either: an element of a tensor of seeds is aligned to 8 bytes only, and would compile the kernel anew.
+@triton.jit(do_not_specialize=["rank", "seed_ptr"])
 def draw_kernel(
     seed_ptr,  # int64
     counts_ptr,  # int32 (W * (2H-1)), dropped cells by start
@@ -155,7 +156,7 @@ def apply_channels_last_kernel(
     starts_ptr,  # int32 (N, 1 or C)
     fragments_ptr,  # uint8
     scale_ptr,  # float64
-    channels,
+    channel_units,  # the channels are channel_units * CHANNELS_GRAIN
     starts_per_sample,  # 1 where channels share, or C
     height,
     width,
@@ -164,10 +165,12 @@ def apply_channels_last_kernel(
     pitch,
     step,
     start_step,
+    CHANNELS_GRAIN: tl.constexpr,
     ROWS: tl.constexpr,
     FRAGMENTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    channels = channel_units * CHANNELS_GRAIN
     block = tl.program_id(0)
     channel = (block % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     block = block // channel_blocks
@@ -256,10 +259,12 @@ def _apply_channels_last(
     fragments_of_tile = min(TILE // 8 // channels_of_tile, triton.next_power_of_2(fragments))
     fragment_blocks = triton.cdiv(fragments, fragments_of_tile)
     channel_blocks = triton.cdiv(c, channels_of_tile)
+    grain = _grain(c)
     apply_channels_last_kernel[(n * fragment_blocks * channel_blocks,)](
-        x, y, starts, tables.fragments, scale, c, starts.shape[1], height, width, fragment_blocks, channel_blocks,
-        tables.pitch, tables.step, tables.start_step,
-        ROWS=tables.rows > 1, FRAGMENTS=fragments_of_tile, CHANNELS=channels_of_tile, num_warps=WARPS,
+        x, y, starts, tables.fragments, scale, c // grain, starts.shape[1], height, width, fragment_blocks,
+        channel_blocks, tables.pitch, tables.step, tables.start_step,
+        CHANNELS_GRAIN=grain, ROWS=tables.rows > 1,
+        FRAGMENTS=fragments_of_tile, CHANNELS=channels_of_tile, num_warps=WARPS,
     )  # fmt: skip
 
 

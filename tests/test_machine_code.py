@@ -1,0 +1,146 @@
+"""What the compiler makes of the Triton kernels: widths of memory accesses, registers, rounding, keys. Needs no GPU.
+
+The kernels are compiled by `compile_kernels.py` in processes of their own, because this one runs them interpreted.
+`pytest -s` shows a table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "compile_kernels.py"
+PARTS = 2
+# With 128 registers a thread, a processor of any of these GPUs (65536 registers) runs four blocks of 128 threads. Only
+# float64 in channels_last comes close; the other dtypes take half of it.
+MOST_REGISTERS = 128
+
+pytest.importorskip("triton")
+
+
+def run(*commands: list[str]) -> list[dict[str, Any]]:
+    """The JSON lines of several runs of the script side by side; skipped if this Triton lacks what it needs."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    lines = []
+    for process in processes:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        lines += [json.loads(line) for line in out.splitlines()]
+    if "missing" in lines[0]:
+        pytest.skip(lines[0]["missing"])
+    return lines
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    kernels = run(*(["compile", str(part), str(PARTS)] for part in range(PARTS)))
+    order = ("kernel", "shape", "dtype", "target")
+    kernels.sort(key=lambda kernel: tuple(kernel[name] for name in order))
+    print()
+    for kernel in kernels:
+        per_element = kernel["instructions"] * kernel["threads"] / kernel["tile"] if kernel["tile"] else 0.0
+        print(
+            f"{kernel['kernel']:26} {kernel['shape']:15} {kernel['dtype']:4} {kernel['target']:6} "
+            f"{kernel['registers']:3} registers, {per_element:4.1f} instructions per element, "
+            f"loads {by_width(kernel['loads'])}, stores {by_width(kernel['stores'])}"
+        )
+    return kernels
+
+
+def by_width(accesses: dict[str, int]) -> str:
+    return " ".join(f"{count}x{width}B" for width, count in sorted(accesses.items(), key=lambda item: -int(item[0])))
+
+
+def of_the_activation(compiled: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [kernel for kernel in compiled if kernel["kernel"] != "draw_kernel"]
+
+
+def label(kernel: dict[str, Any]) -> str:
+    return " ".join(kernel[name] for name in ("kernel", "shape", "dtype", "target"))
+
+
+def test_what_is_compiled(compiled: list[dict[str, Any]]) -> None:
+    assert {kernel["target"] for kernel in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {kernel["dtype"] for kernel in compiled} == {"fp64", "fp32", "fp16", "bf16"}
+    assert {kernel["kernel"] for kernel in compiled} == {"draw_kernel", "apply_kernel", "apply_channels_last_kernel"}
+    assert len({label(kernel) for kernel in compiled}) == len(compiled) >= 60
+
+
+def test_accesses_are_as_wide_as_memory_allows(compiled: list[dict[str, Any]]) -> None:
+    """16 bytes where the runs of memory (a map, or the channels in channels_last) are divisible by 16.
+
+    The activation is all that these kernels store, so no store may be narrower, and the stores of a thread are exactly
+    its share of a tile. Loads of that width are at least as many; they may include placements.
+    """
+    wide = 0
+    for kernel in of_the_activation(compiled):
+        width = next(width for width in (16, 8, 4, 2) if kernel["run"] % width == 0)
+        expected = kernel["tile_bytes"] // width // kernel["threads"]
+        assert kernel["stores"] == {str(width): expected}, (label(kernel), kernel["raw"])
+        assert kernel["loads"].get(str(width), 0) >= expected, (label(kernel), kernel["raw"])
+        wide += width == 16
+    assert wide >= 60
+
+
+def test_every_element_is_read_once_and_written_once(compiled: list[dict[str, Any]]) -> None:
+    """The program adds one offset to x and one to y; both offsets are of 64 bits, for more than 2^31 elements."""
+    for kernel in of_the_activation(compiled):
+        assert kernel["offsets"] == {"x_ptr": ["i64"], "y_ptr": ["i64"]}, label(kernel)
+        assert kernel["accesses"] == {"load": 1, "store": 1}, label(kernel)
+
+
+def test_large_activations_are_not_addressed_with_32_bits(compiled: list[dict[str, Any]]) -> None:
+    """AMD's buffer instructions take 32-bit offsets: fit for less than 2^31 bytes, and only there."""
+    amd = [kernel for kernel in of_the_activation(compiled) if kernel["target"] == "gfx942"]
+    huge = [kernel for kernel in amd if kernel["shape"] == "4100x1024x32x32"]
+    assert len(huge) == 2
+    for kernel in huge:
+        assert not any(name.startswith("buffer_store") for name in kernel["raw"]), kernel["raw"]
+        assert not any(name.startswith("buffer_load_dwordx4") for name in kernel["raw"]), kernel["raw"]
+        assert any(name.startswith("global_store_dwordx4") for name in kernel["raw"]), kernel["raw"]
+
+
+def test_nothing_is_spilled(compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
+        assert kernel["spilled"] == 0, (label(kernel), kernel["raw"])
+        assert kernel["scratch"] == 0, label(kernel)
+        assert kernel["registers"] <= MOST_REGISTERS, (label(kernel), kernel["registers"])
+
+
+def test_bfloat16_is_rounded_to_nearest_even(compiled: list[dict[str, Any]]) -> None:
+    """One rounding conversion on NVIDIA, none that cuts off. gfx942 has no such instruction to look for."""
+    checked = 0
+    for kernel in of_the_activation(compiled):
+        if kernel["dtype"] == "bf16" and kernel["target"].startswith("sm_"):
+            assert kernel["bf16_conversions"], label(kernel)
+            assert all(name.startswith("cvt.rn.bf16") for name in kernel["bf16_conversions"]), label(kernel)
+            checked += 1
+    assert checked >= 20
+
+
+def test_no_recompilation_when_pattern_seed_or_rank_change() -> None:
+    """Triton looks compiled code up by a key that it computes from the arguments: 50 launches, one key."""
+    (found,) = run(["keys"])
+    launches = {name: value for name, value in found.items() if "control" not in name}
+    assert len(launches) == 12
+    for name, value in launches.items():
+        assert value == {"launches": 50, "keys": 1}, name
+    for name, value in found.items():
+        if "control" in name:
+            assert value == {"launches": 3, "keys": 3}, name
