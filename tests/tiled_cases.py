@@ -16,6 +16,8 @@ from autodropout import TiledPattern
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32, 2**40 + 8, 2**63 - 1, 2**63, 2**64 - 1, -1, -(2**32), -(2**63)]
+# Where implementations change course: maps too large for a table of all windows, many channels, many planes.
+LARGE = [(2, 3, 96, 88), (1, 2, 7, 300), (2, 2, 3, 700), (1, 2, 150, 70), (3, 70, 14, 14), (40, 64, 4, 4)]
 SIDES = [(1, 1), (1, 2), (2, 1), (1, 64), (64, 1), (64, 64), (7, 9), (64, 3)]
 
 
@@ -58,6 +60,19 @@ def random_cases(count: int, seed: int, longest: int) -> list[Case]:
         planes = rng.choice([(1, 1), (2, 3), (3, 2), (1, 5), (4, 1)])
         case_seed = SEEDS[i] if i < len(SEEDS) else rng.randrange(-(2**63), 2**64)
         cases.append(Case(random_tiling(rng), rng.random() < 0.4, (*planes, H, W), case_seed, rng.choice([0, 3])))
+    return cases
+
+
+def large_cases(seed: int) -> list[Case]:
+    """One case for each shape of LARGE; a long map is turned little, or most of its cells would lie off the pattern."""
+    rng = random.Random(seed)
+    cases = []
+    for i, shape in enumerate(LARGE):
+        turn = 90 * min(shape[2:]) / max(shape[2:])
+        tiling = Tiling(
+            rng.uniform(0.3, 0.5), rng.uniform(0.2, 0.6), i % 4, rng.uniform(-turn, turn), rng.uniform(-0.5, 0.5)
+        )
+        cases.append(Case(tiling, i % 2 == 1 and i < 4, shape, rng.randrange(-(2**63), 2**64), 3 * (i % 2)))
     return cases
 
 
