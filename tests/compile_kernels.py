@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of the tiled op for devices that need not be there, and prints what is in the machine code.
+"""Compiles the Triton kernels of the tiled op for devices that need not be there, and prints what the code consists of.
 
 A script, to be run without TRITON_INTERPRET (the test session sets it, and it decides when a kernel is decorated):
 
