@@ -31,8 +31,9 @@ from .seeds import as_seed
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NORMALIZE = ("mask", "expected", "none")
 
-# Planes placed at a time on the CPU: the six buffers of Philox then stay in the second-level cache.
-PLACED_AT_ONCE = 1 << 15
+# Planes placed at a time: bounds the six buffers of Philox to 12 MB. Smaller slices are slower (81,920 planes on two cores:
+# 1.2 ms at once, 1.6 in halves, 2.6 in quarters), because PyTorch splits only long tensors among threads.
+PLACED_AT_ONCE = 1 << 18
 
 # Cells of mask in memory at a time where they cannot be gathered into the output.
 MASKED_AT_ONCE = 1 << 17
