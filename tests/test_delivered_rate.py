@@ -66,5 +66,5 @@ def test_drop_block_delivers_the_requested_rate(side: int, block_size: int, rate
     shares = (y == 0).double().mean(dim=(2, 3)).flatten()
     error = abs(shares.mean().item() - rate)
     assert error <= SIGMAS * shares.std().item() / math.sqrt(shares.numel())
-    # A block starts where a 32-bit word is below a threshold, and drops at most block_size^2 < 2^6 cells.
+    # Decisions come from 32-bit words: less than 2^6 times the whole map hangs on thresholds, each off by up to 2^-32.
     assert BlockPattern(rate, block_size).expected_rate(side, side) == pytest.approx(rate, abs=2**-26)

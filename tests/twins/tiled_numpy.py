@@ -83,19 +83,16 @@ def dropped_around(t: Tiling, H: int, W: int, cy: int, cx: int) -> Bools:
     return dropped(t, H, W, y - cy, x - cx)
 
 
-def centre(H: int, W: int, sample: int, channel: int, seed: int, rank: int) -> tuple[int, int]:
-    w0, w1, _, _ = philox(channel, 0, sample, rank, key_of(seed))
-    return int(below(w0, H)), int(below(w1, W))
-
-
 def mask(t: Tiling, N: int, C: int, H: int, W: int, seed: int, share_c: bool = False, rank: int = 0) -> Bools:
     """The mask (N, C, H, W), True = kept."""
-    kept = np.empty((N, C, H, W), dtype=np.bool_)
-    for n in range(N):
-        for c in range(C):
-            cy, cx = centre(H, W, n, 0 if share_c else c, seed, rank)
-            kept[n, c] = ~dropped_around(t, H, W, cy, cx)
-    return kept
+    sample = np.arange(N).reshape(N, 1, 1, 1)
+    channel = np.arange(1 if share_c else C).reshape(1, -1, 1, 1)
+    w0, w1, _, _ = philox(channel, 0, sample, rank, key_of(seed))
+    cy = below(w0, H)
+    cx = below(w1, W)
+    y = np.arange(H).reshape(1, 1, H, 1)
+    x = np.arange(W).reshape(1, 1, 1, W)
+    return np.broadcast_to(~dropped(t, H, W, y - cy, x - cx), (N, C, H, W)).copy()
 
 
 @functools.cache  # pure, and slow on large maps
