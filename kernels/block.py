@@ -356,9 +356,7 @@ def _apply_sparse(
     y: torch.Tensor, x: torch.Tensor, blocks: Geometry, seed: torch.Tensor, scale: torch.Tensor, rank: int
 ) -> None:
     """Few blocks, on the CPU: a product without a mask, then zeros written block by block, at their place in memory."""
-    factor = scale.to(compute_type(x))
-    for box in boxes(x.shape, DILATED_CELLS):
-        write_product(y[box], x[box], factor)
+    write_product(y, x, scale.to(compute_type(x)))
     if not len(blocks.thresholds):
         return
     memory = y.as_strided((y.numel(),), (1,))  # empty_like leaves no gaps, so every place is a cell

@@ -75,11 +75,13 @@ def scale_of_mask(size: int, kept: torch.Tensor) -> torch.Tensor:
 
 
 def write_product(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> None:
-    """`out = x * factor`, formed in the compute type, that of `factor`, and then cast."""
+    """`out = x * factor` (which broadcasts), formed in the compute type, that of `factor`, and then cast."""
     if x.dtype == factor.dtype:
         torch.mul(x, factor, out=out)
-    else:
-        out.copy_(x.to(factor.dtype).mul_(factor))
+        return
+    factor = factor.expand(x.shape)
+    for box in boxes(x.shape, 4 * SLICE_CELLS):
+        out[box] = x[box].to(factor.dtype).mul_(factor[box])
 
 
 def write_masked(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, dropped: torch.Tensor) -> None:
