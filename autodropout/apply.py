@@ -73,8 +73,8 @@ class MaskedModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickles and copies name the class that can be imported, and make this one from it.
-        reduced: Any = super().__reduce_ex__(max(2, protocol))
-        return _new_masked, (self.unmasked_class, *reduced[1][1:]), *reduced[2:]
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new_masked, (self.unmasked_class,), *reduced[2:]
 
 
 _MASKED_CLASSES: dict[type[nn.Module], type[MaskedModule]] = {}
@@ -88,9 +88,9 @@ def masked_class(kind: type[nn.Module]) -> type[MaskedModule]:
     return _MASKED_CLASSES[kind]
 
 
-def _new_masked(kind: type[nn.Module], *arguments: Any) -> MaskedModule:
+def _new_masked(kind: type[nn.Module]) -> MaskedModule:
     masked = masked_class(kind)
-    return masked.__new__(masked, *arguments)
+    return masked.__new__(masked)
 
 
 def apply_policy(model: nn.Module, policy: Policy, example: Example | None = None) -> list[AppliedSite]:

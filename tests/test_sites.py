@@ -24,20 +24,20 @@ def names(model: nn.Module, example: Any = None, place: str = "batch_norm") -> l
 
 
 class Backwards(nn.Module):
-    """Runs its normalisations in another order than it registers them, one twice, one only in training, one never."""
+    """Runs its normalisations in another order than it registers them, one often, one only in training, one never."""
 
     def __init__(self) -> None:
         super().__init__()
         self.last = nn.BatchNorm2d(3)
         self.never = nn.BatchNorm2d(3)
         self.only_training = nn.BatchNorm2d(3)
-        self.twice = nn.BatchNorm2d(3)
+        self.often = nn.BatchNorm2d(3)
         self.first = nn.BatchNorm2d(3)
         self.alias = self.first
 
     def forward(self, x: torch.Tensor, *, flip: bool = False) -> torch.Tensor:
-        x = self.twice(self.first(x))
-        x = self.twice(x[:, :, ::2, ::4])
+        x = self.often(self.often(self.first(x)))
+        x = self.often(x[:, :, ::2, ::4])
         if self.training:
             x = self.only_training(x)
         return self.last(x.flip(3) if flip else x)
@@ -47,7 +47,7 @@ def test_order_is_that_of_the_execution() -> None:
     sites = find_sites(Backwards(), torch.zeros(2, 3, 8, 8))
     assert sites == (
         ModelSite("first", 0.0, "batch_norm", ((3, 8, 8),), "first", None),
-        ModelSite("twice", 0.5, "batch_norm", ((3, 8, 8), (3, 4, 2)), "twice", None),
+        ModelSite("often", 0.5, "batch_norm", ((3, 8, 8), (3, 4, 2)), "often", None),
         ModelSite("last", 1.0, "batch_norm", ((3, 4, 2),), "last", None),
     )
     assert sites[1].map == (3, 8, 8)
@@ -55,14 +55,14 @@ def test_order_is_that_of_the_execution() -> None:
 
 def test_without_an_example_it_is_that_of_the_registration() -> None:
     sites = find_sites(Backwards())
-    assert [site.name for site in sites] == ["last", "never", "only_training", "twice", "first"]
+    assert [site.name for site in sites] == ["last", "never", "only_training", "often", "first"]
     assert [site.depth for site in sites] == [0, 0.25, 0.5, 0.75, 1]
     assert all(site.map is None for site in sites)
 
 
 @pytest.mark.parametrize("example", [IMAGE, (IMAGE,), {"x": IMAGE}, {"x": IMAGE, "flip": True}])
 def test_example_may_be_any_arguments(example: Any) -> None:
-    assert names(Backwards(), example) == ["first", "twice", "last"]
+    assert names(Backwards(), example) == ["first", "often", "last"]
 
 
 def test_one_site_has_depth_0_and_none_is_empty() -> None:
