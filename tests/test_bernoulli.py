@@ -180,11 +180,11 @@ class TestContracts:
         contracts.check_no_recompilation(call(shared, "mask"), rates)
 
     def test_memory(self, shared: str) -> None:
-        """Beyond the output: a bounded amount, however large x is, even if it is a single sample."""
-        for shape in ((32, 16, 64, 64), (1, 32, 256, 256)):
-            x = torch.ones(shape)
+        """Beyond the output: a bounded amount, although samples are large; unsliced, Philox alone would take 24 MB."""
+        for dtype in (torch.float32, torch.bfloat16) if shared == "map" else (torch.float32,):
+            x = torch.ones((2, 32, 256, 128), dtype=dtype)
             peak = contracts.peak_bytes(lambda x=x: bernoulli_dropout(x, RATE, SEED, shared))
-            assert peak - x.nbytes <= 16 * 2**20
+            assert peak - x.nbytes <= 12 * 2**20
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
