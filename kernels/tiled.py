@@ -217,8 +217,10 @@ def _apply_on_cpu(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: to
                 torch.mul(x[select], mask, out=y[select])
     if not carries_scale and factor != 1.0:
         y.mul_(factor)
-    # 0 * NaN is NaN: only then, or when the sum overflows, is a select needed. One read of the output tells.
-    if not y.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).isfinite():
+    # 0 * NaN is NaN: only then is a select needed. One read of the output tells; both ends are NaN if any cell is.
+    # (A sum in another dtype would first convert the whole output, and a sum of float16 overflows.)
+    low, high = torch.aminmax(y.as_strided((y.numel(),), (1,)))
+    if not (low.isfinite() & high.isfinite()):
         for part, select in _parts(starts, h * w):
             y[select].masked_fill_(~kept_windows(atlas, part), 0.0)
     return y
