@@ -1,7 +1,7 @@
 """Maps the top-level folders onto one package.
 
-A top-level package called `kernels` would shadow Hugging Face's, so the folder is installed as `autodropout.kernels`, and
-`reproduce/` as `autodropout.reproduce`. Everything else is in pyproject.toml.
+A top-level package called `kernels` would shadow Hugging Face's, so the folder is installed as `autodropout.kernels`,
+and `reproduce/` as `autodropout.reproduce`. Everything else is in pyproject.toml.
 """
 
 from setuptools import find_packages
@@ -12,7 +12,7 @@ FOLDERS = {"autodropout": "autodropout", "autodropout.kernels": "kernels", "auto
 setup(
     package_dir=FOLDERS,
     packages=sorted(
-        {name for name in FOLDERS}
+        set(FOLDERS)
         | {f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(folder)}
     ),
 )

@@ -1,6 +1,6 @@
 """Tiled pattern dropout on the CPU against a plain multiply and the peers, fp32: `pytest bench/bench_tiled.py`.
 
-The unit is the time of `x * 2`, one read and one write of the activation, measured in the same process and round. Peers:
+The unit is the time of `x * 2`, one read and one write of the activation, measured in the same round. Peers:
 `torch.nn.functional.dropout`, and DropBlock with block 7 and rate 0.1 of torchvision and of timm.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from autodropout.kernels import tiled_dropout
 from conftest import Report
 from interleaved import interleaved
 from timm.layers import drop_block_2d as timm_drop_block
 from torchvision.ops import drop_block2d
 
 from autodropout import TiledPattern
-from autodropout.kernels import tiled_dropout
 
 SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (128, 320, 16, 16), (128, 640, 8, 8)]
 ROUNDS = 11

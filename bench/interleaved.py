@@ -1,7 +1,7 @@
 """Timing contenders against each other on a machine whose speed drifts: in turn, round after round, medians compared.
 
-pytest-benchmark times one function at a time, minutes apart from the next. Here each of its rounds is set up by one run of
-every peer, so that all see the same machine.
+pytest-benchmark times one function at a time, minutes apart from the next. Here each of its rounds is set up by one
+run of every peer, so that all see the same machine.
 """
 
 from __future__ import annotations

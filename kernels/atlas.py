@@ -1,8 +1,8 @@
-"""The atlas of a tiled pattern on a map: every mask it can produce, in one small bitmap (docs/definitions.md, section 2).
+"""The atlas of a tiled pattern on a map: every mask it can produce, in one small bitmap (docs/definitions.md).
 
-A placed pattern drops cell (y, x) when the pattern plane is dropped at the displacement (y - cy, x - cx) from its centre. So
-one bitmap of (2H-1) x (2W-1) displacements holds all H*W placements, each as a window. It is computed once per pattern and
-map on the host, in integers; kernels only look things up, and no rounding can differ between devices.
+A placed pattern drops cell (y, x) when the pattern plane is dropped at the displacement (y - cy, x - cx) from its
+centre. So one bitmap of (2H-1) x (2W-1) displacements holds all H*W placements, each as a window. It is computed once
+per pattern and map on the host, in integers; kernels only look things up, and no rounding can differ between devices.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ class Atlas:
 
     @cached_property
     def kept_flat(self) -> torch.Tensor | None:
-        """The atlas once per column offset, one behind the other: bool (W * (2H-1) * W), True = kept; None if too large.
+        """The atlas once per column offset: bool (W * (2H-1) * W), True = kept; None if too large.
 
-        In copy `cx` the rows of the atlas are cut to the W columns that a window centred in column cx sees. A window is then
-        one contiguous run of H*W cells that begins in cell `start * W` with `start = cx * (2H-1) + H-1-cy`, and the mask of a
-        plane is one row of a strided view, without any arithmetic on coordinates.
+        In copy `cx` the rows of the atlas are cut to the W columns that a window centred in column cx sees. A window
+        is then one contiguous run of H*W cells that begins in cell `start * W` with `start = cx * (2H-1) + H-1-cy`,
+        and the mask of a plane is one row of a strided view, without any arithmetic on coordinates.
         """
         height, width = self.height, self.width
         if width * (2 * height - 1) * width > FLAT_CELLS:
@@ -94,7 +94,7 @@ class Atlas:
 
     @cached_property
     def counts_by_start(self) -> torch.Tensor:
-        """`counts` in the order of starts, `cx * (2H-1) + H-1-cy`: int32 (W * (2H-1)), 0 where no centre has that start."""
+        """`counts` in the order of starts, `cx * (2H-1) + H-1-cy`: int32 (W * (2H-1)), 0 where no centre starts."""
         by_start = np.zeros((self.width, 2 * self.height - 1), dtype=np.int32)
         by_start[:, : self.height] = self.counts[::-1].T
         return torch.from_numpy(by_start.reshape(-1))
@@ -124,7 +124,7 @@ class DeviceTables:
         self.counts = atlas.counts_by_start.to(device)
         kept = atlas.kept_flat
         if kept is not None:
-            # Windows begin at multiples of W and fragments at multiples of 8, so only every gcd(W, 8)-th byte is ever read.
+            # Windows begin at multiples of W and fragments at multiples of 8: only every gcd(W, 8)-th byte is read.
             grain = math.gcd(width, 8)
             packed = _fragments(kept.numpy())[::grain]
             self.rows, self.row_cells, self.pitch = 1, height * width, 0
@@ -212,11 +212,12 @@ def _window_sums(dropped: npt.NDArray[np.bool_], height: int, width: int) -> npt
     area = np.zeros((2 * height, 2 * width), dtype=np.int64)
     area[1:, 1:] = dropped.cumsum(0, dtype=np.int64).cumsum(1)
     sums = area[height:, width:] - area[:height, width:] - area[height:, :width] + area[:height, :width]
-    return np.ascontiguousarray(sums[::-1, ::-1])  # the window at the top left belongs to the centre at the bottom right
+    # The window at the top left belongs to the centre at the bottom right.
+    return np.ascontiguousarray(sums[::-1, ::-1])
 
 
 def _fragments(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """For every cell of the last axis the byte whose bit b says whether the cell b places further is kept (0 beyond)."""
+    """For every cell of the last axis the byte whose bit b says if the cell b places further is kept (0 beyond)."""
     bits = np.zeros(kept.shape, dtype=np.uint8)
     for b in range(8):
         bits[..., : max(0, kept.shape[-1] - b)] |= kept[..., b:].astype(np.uint8) << b

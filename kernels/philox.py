@@ -1,7 +1,8 @@
 """Philox4x32-10 (Salmon et al. 2011) in PyTorch integers, equal to `tl.philox` bit for bit on every device.
 
-A word is a uint32 held in an int64 tensor, because PyTorch has next to no arithmetic on uint32. An int64 product wraps like
-the unsigned one; the shift that follows is arithmetic and leaves sign bits above bit 31, which one mask per word removes.
+A word is a uint32 held in an int64 tensor, because PyTorch has next to no arithmetic on uint32. An int64 product wraps
+like the unsigned one; the shift that follows is arithmetic and leaves sign bits above bit 31, which one mask per word
+removes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def philox(c0: Counter, c1: Counter, c2: Counter, c3: Counter, seed: torch.Tenso
     """The four words of counter (c0, c1, c2, c3) under the key (low, high 32 bits of seed).
 
     Args:
-        c0, c1, c2, c3: counter words, int64 tensors with values in [0, 2^32) that broadcast against each other, or ints.
-            Words that vary along different axes should be passed unexpanded: the first two rounds then run on the
+        c0, c1, c2, c3: counter words, int64 tensors with values in [0, 2^32) that broadcast against each other, or
+            ints. Words that vary along different axes should be passed unexpanded: the first two rounds then run on the
             small axes, which saves a fifth of the work.
         seed: 0-d int64 tensor on the device of the counters; its 64 bits are the key.
 
@@ -34,10 +35,11 @@ def philox(c0: Counter, c1: Counter, c2: Counter, c3: Counter, seed: torch.Tenso
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = _high(p1) ^ (c1 ^ k0), p1 & MASK32, _high(p0) ^ (c3 ^ k1), p0 & MASK32
         k0, k1 = (k0 + WEYL[0]) & MASK32, (k1 + WEYL[1]) & MASK32
-    assert isinstance(c0, torch.Tensor) and isinstance(c2, torch.Tensor)
+    assert isinstance(c0, torch.Tensor)
+    assert isinstance(c2, torch.Tensor)
 
-    # From here on every word has the full shape. The remaining rounds are bound by the cache, so they run in place in six
-    # buffers: 10 passes a round instead of 12 allocations. Odd words keep their upper half until the next mask.
+    # From here on every word has the full shape. The remaining rounds are bound by the cache, so they run in place in
+    # six buffers: 10 passes a round instead of 12 allocations. Odd words keep their upper half until the next mask.
     shape = torch.broadcast_shapes(c0.shape, c2.shape)
     even0, even2 = c0.expand(shape).contiguous(), c2.expand(shape).contiguous()
     odd1, odd3 = c1, c3
@@ -51,7 +53,8 @@ def philox(c0: Counter, c1: Counter, c2: Counter, c3: Counter, seed: torch.Tenso
         even2.bitwise_xor_(odd3).bitwise_xor_(k1).bitwise_and_(MASK32)
         odd1, odd3, free0, free1, spare0, spare1 = free1, free0, spare0, spare1, free1, free0
         k0, k1 = (k0 + WEYL[0]) & MASK32, (k1 + WEYL[1]) & MASK32
-    assert isinstance(odd1, torch.Tensor) and isinstance(odd3, torch.Tensor)
+    assert isinstance(odd1, torch.Tensor)
+    assert isinstance(odd3, torch.Tensor)
     return even0, odd1.bitwise_and_(MASK32), even2, odd3.bitwise_and_(MASK32)
 
 

@@ -1,7 +1,7 @@
 """Registers the ops of this folder with PyTorch, once a process.
 
-The folder can be imported under two names, `autodropout.kernels` when installed and `kernels` inside a checkout. Both must
-reach the same ops, so the second import finds them registered and leaves them alone.
+The folder can be imported under two names, `autodropout.kernels` when installed and `kernels` inside a checkout. Both
+must reach the same ops, so the second import finds them registered and leaves them alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def register_op(
     vmap: Callable[..., Any] | None = None,
     tags: Sequence[torch.Tag] = (),
 ) -> None:
-    """Define `autodropout::<schema>` with one implementation for all devices, its fake, its backward and its vmap rule."""
+    """Define `autodropout::<schema>`: one implementation for all devices, its fake, backward and vmap rule."""
     name = schema.partition("(")[0]
     if hasattr(torch.ops.autodropout, name):
         return

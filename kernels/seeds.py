@@ -1,7 +1,7 @@
 """Seeds and ranks: where the randomness of an op comes from (docs/definitions.md, section 1).
 
-A seed is a 0-d int64 tensor on the device of the activation, so that drawing one never waits for the device and a captured
-graph can be replayed with another.
+A seed is a 0-d int64 tensor on the device of the activation, so that drawing one never waits for the device and a
+captured graph can be replayed with another.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def as_seed(seed: Seed, device: torch.device) -> torch.Tensor:
     """`seed` as a 0-d int64 tensor on `device`.
 
     Args:
-        seed: None draws one from PyTorch's default generator of the device, so that `torch.manual_seed` decides; an integer
-            in [-2^63, 2^64) is taken modulo 2^64; a 0-d int64 tensor on `device` is used as it is.
+        seed: None draws one from PyTorch's default generator of the device, so that `torch.manual_seed` decides; an
+            integer in [-2^63, 2^64) is taken modulo 2^64; a 0-d int64 tensor on `device` is used as it is.
 
     Raises:
         TypeError: seed is none of these.

@@ -1,14 +1,14 @@
 """Tiled pattern dropout: the pattern of the paper on maps (N, C, H, W), as two ops.
 
 `tiled_draw` turns the seed into one placement per plane (per sample if channels share) and the scale: it reads no
-activation. `tiled_apply` multiplies an activation by the mask of these placements. It is linear and self-adjoint, so the
-same op is its own backward, and what is saved for it are the placements and the scale, 4 bytes a plane.
+activation. `tiled_apply` multiplies an activation by the mask of these placements. It is linear and self-adjoint, so
+the same op is its own backward, and what is saved for it are the placements and the scale, 4 bytes a plane.
 
 Counter layout (Philox4x32-10): (channel or 0, 0, sample, rank); word 0 gives the row of the centre, word 1 its column.
 
-Bytes moved per element: one read and one write of the activation. On the GPU the kernels of tiled_triton.py run; on the CPU
-the mask of a plane is one row of a small table (`Atlas.kept_flat`), gathered straight into the output and multiplied
-there; any other device takes the plain PyTorch twin below.
+Bytes moved per element: one read and one write of the activation. On the GPU the kernels of tiled_triton.py run; on
+the CPU the mask of a plane is one row of a small table (`Atlas.kept_flat`), gathered straight into the output and
+multiplied there; any other device takes the plain PyTorch twin below.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .seeds import as_seed
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NORMALIZE = ("mask", "expected", "none")
 
-# Planes placed at a time: bounds the six buffers of Philox to 12 MB. Smaller slices are slower (81,920 planes on two cores:
-# 1.2 ms at once, 1.6 in halves, 2.6 in quarters), because PyTorch splits only long tensors among threads.
+# Planes placed at a time: bounds the six buffers of Philox to 12 MB. Smaller slices are slower (81,920 planes on two
+# cores: 1.2 ms at once, 1.6 in halves, 2.6 in quarters), because PyTorch splits only long tensors among threads.
 PLACED_AT_ONCE = 1 << 18
 
 # Cells of mask in memory at a time where they cannot be gathered into the output.
@@ -51,17 +51,18 @@ def tiled_dropout(
 
     Args:
         x: (N, C, H, W), float64, float32, float16 or bfloat16.
-        atlas: the pattern on maps of H x W, from `TiledPattern.atlas` or `Atlas.of`; or its fields as a float64 CPU tensor
-            (size, stride, repeat, rotate, shear_x, shear_y), whose values may change without recompilation.
-        seed: None (one is drawn from PyTorch's generator), an int in [-2^63, 2^64), or a 0-d int64 tensor on x's device.
+        atlas: the pattern on maps of H x W, from `TiledPattern.atlas` or `Atlas.of`; or its fields as a float64 CPU
+            tensor (size, stride, repeat, rotate, shear_x, shear_y), whose values may change without recompilation.
+        seed: None (one is drawn from PyTorch's generator), an int in [-2^63, 2^64), or a 0-d int64 tensor
+            on x's device.
         share_c: one placement per sample instead of one per sample and channel.
         normalize: "mask" scales by Size(m) / Sum(m) over the whole mask of the call (the paper); "expected" by
             1 / (1 - exact expected rate), which does not couple the samples of a batch; "none" by 1.
         rank: counter word 3; None is the global rank under torch.distributed, else 0.
 
     Returns:
-        Tensor with x's shape, dtype and memory format. The product is computed in float32 (float64 for float64) and cast;
-        dropped cells are 0 whatever they held; if everything is dropped all is 0. Bits as in docs/definitions.md.
+        Tensor with x's shape, dtype and memory format. The product is computed in float32 (float64 for float64) and
+        cast; dropped cells are 0 whatever they held; if everything is dropped all is 0. Bits as in docs/definitions.md.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
@@ -234,7 +235,8 @@ def _parts(starts: torch.Tensor, cells: int) -> Iterator[tuple[torch.Tensor, tup
     for first in range(0, n, samples):
         for channel in range(0, planes, channels):
             part = starts[first : first + samples, channel : channel + channels]
-            yield part, (slice(first, first + samples), slice(channel, channel + channels) if planes > 1 else slice(None))
+            of_channels = slice(channel, channel + channels) if planes > 1 else slice(None)
+            yield part, (slice(first, first + samples), of_channels)
 
 
 def _mask_planes(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.Tensor, factor: float) -> None:

@@ -2,9 +2,9 @@
 
 `draw_kernel` runs Philox once per plane, counter (channel or 0, 0, sample, rank), writes 4 bytes a plane and, for
 normalize="mask", adds up the dropped cells; the program that arrives last divides. `apply_kernel` (contiguous) and
-`apply_channels_last_kernel` read each element once and write it once; forward and backward are the same kernel. Nothing of
-the pattern is compiled in: a kernel sees the map, the table and the placements, so that a new pattern, seed or scale
-reuses the compiled code.
+`apply_channels_last_kernel` read each element once and write it once; forward and backward are the same kernel.
+Nothing of the pattern is compiled in: a kernel sees the map, the table and the placements, so that a new pattern, seed
+or scale reuses the compiled code.
 
 The mask comes in fragments of 8 cells that follow each other in memory order: one byte of the table
 (`DeviceTables.fragments`), at `start * start_step + fragment * step` while the flat table fits. A tile is [planes,
@@ -92,7 +92,8 @@ def draw_kernel(
     sample = plane // channels
     channel = plane - sample * channels
     zero = plane * 0
-    w0, w1, _, _ = tl.philox(tl.load(seed_ptr), channel, zero, sample, zero + rank.to(tl.uint32).to(tl.int32, bitcast=True))
+    rank_word = zero + rank.to(tl.uint32).to(tl.int32, bitcast=True)
+    w0, w1, _, _ = tl.philox(tl.load(seed_ptr), channel, zero, sample, rank_word)
     start = _below(w1, zero + width) * (2 * height - 1) + height - 1 - _below(w0, zero + height)
     tl.store(starts_ptr + plane, start, mask=inside)
     if SCALE:
