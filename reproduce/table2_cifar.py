@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
+from tqdm import tqdm
+
 from autodropout.reproduce.data import DIGITS
 from autodropout.reproduce.data import HUB
 from autodropout.reproduce.data import ImageData
@@ -37,7 +39,6 @@ from autodropout.reproduce.report import Row
 from autodropout.reproduce.report import plot
 from autodropout.reproduce.report import table
 from autodropout.reproduce.training import Recipe
-from tqdm import tqdm
 
 NAME = "table2_cifar"
 DATA_VARIABLE = "AUTODROPOUT_DATA"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from autodropout.reproduce.augment import AUGMENTS
 from autodropout.reproduce.augment import derive
 from autodropout.reproduce.augment import epoch_batches

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
 from autodropout.reproduce.data import DataError
 from autodropout.reproduce.data import ImageData
 from autodropout.reproduce.data import Split
 from autodropout.reproduce.data import open_data
-from PIL import Image
-from sklearn.datasets import load_digits
 
 
 @pytest.fixture(autouse=True)

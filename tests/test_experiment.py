@@ -1,4 +1,4 @@
-"""Tuning, final models and the run state: nothing is trained twice, lost or told twice, and changed inputs train anew."""
+"""Tuning, final models, run state: nothing is trained twice, lost or told twice; changed inputs train anew."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from autodropout import Policy
+from autodropout import TiledPattern
+from autodropout import load_policy
 from autodropout.reproduce import experiment
 from autodropout.reproduce.data import ImageData
 from autodropout.reproduce.data import Split
@@ -23,10 +27,6 @@ from autodropout.reproduce.experiment import source_fingerprint
 from autodropout.reproduce.methods import STRENGTHS
 from autodropout.reproduce.training import Outcome
 from autodropout.reproduce.training import Recipe
-
-from autodropout import Policy
-from autodropout import TiledPattern
-from autodropout import load_policy
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(
@@ -250,9 +250,8 @@ def test_whatever_determines_the_result_trains_anew(
     settings = dataclasses.replace(SETTINGS, methods=("none",), seeds=1)
     policy = Policy.uniform(TiledPattern(0.3))
     recipes = [{"epochs": 3}, {"learning_rate": 0.2}, {"width": 2}, {"augment": "randaugment"}]
-    variants = [
-        dataclasses.replace(settings, recipe=dataclasses.replace(settings.recipe, **change)) for change in recipes
-    ]
+    changed = [dataclasses.replace(settings.recipe, **change) for change in recipes]  # type: ignore[arg-type]
+    variants = [dataclasses.replace(settings, recipe=recipe) for recipe in changed]
     variants += [dataclasses.replace(settings, final_on_all=True), dataclasses.replace(settings, policy=policy)]
     for variant in (settings, *variants):
         run(variant, data, tmp_path)

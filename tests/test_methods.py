@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from autodropout.reproduce.methods import METHODS
-from autodropout.reproduce.methods import STRENGTHS
-from autodropout.reproduce.methods import method_label
-from autodropout.reproduce.methods import method_policy
-from autodropout.reproduce.methods import open_policy
-from autodropout.reproduce.models.wide_resnet import WideResNet
 
 from autodropout import BernoulliPattern
 from autodropout import BlockPattern
 from autodropout import Policy
 from autodropout import apply_policy
 from autodropout import load_policy
+from autodropout.reproduce.methods import METHODS
+from autodropout.reproduce.methods import STRENGTHS
+from autodropout.reproduce.methods import method_label
+from autodropout.reproduce.methods import method_policy
+from autodropout.reproduce.methods import open_policy
+from autodropout.reproduce.models.wide_resnet import WideResNet
 
 HAND = load_policy("hand-v0")
 

@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from scipy import stats
+
 from autodropout.reproduce.report import Row
 from autodropout.reproduce.report import estimate
 from autodropout.reproduce.report import plot
 from autodropout.reproduce.report import table
-from PIL import Image
-from scipy import stats
 
 
 def test_interval_by_hand() -> None:

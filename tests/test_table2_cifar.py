@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from autodropout.reproduce import table2_cifar
-from autodropout.reproduce.table2_cifar import PRESETS
-from autodropout.reproduce.table2_cifar import main
 
 from autodropout import Policy
 from autodropout import Site
 from autodropout import TiledPattern
+from autodropout.reproduce import table2_cifar
+from autodropout.reproduce.table2_cifar import PRESETS
+from autodropout.reproduce.table2_cifar import main
 
 SCRIPT = Path(table2_cifar.__file__)
 TINY = ["--epochs", "2", "--train-images", "20", "--seeds", "2", "--methods", "none", "dropout"]
@@ -144,11 +144,10 @@ def test_real_cifar10(
 
 
 def test_paper_numbers_only_beside_the_papers_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autodropout import load_policy
     from autodropout.reproduce.data import open_data
     from autodropout.reproduce.experiment import Result
     from autodropout.reproduce.experiment import Settings
-
-    from autodropout import load_policy
 
     digits = open_data("digits", 10, 10)
     cifar = dataclasses_replace(digits, title="CIFAR-10 (local parquet, PNG images)")

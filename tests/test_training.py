@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
+from autodropout import BernoulliPattern
+from autodropout import Policy
 from autodropout.reproduce import training
 from autodropout.reproduce.augment import derive
 from autodropout.reproduce.augment import epoch_batches
@@ -19,9 +22,6 @@ from autodropout.reproduce.training import Recipe
 from autodropout.reproduce.training import build_model
 from autodropout.reproduce.training import train_model
 from autodropout.reproduce.training import write_atomically
-
-from autodropout import BernoulliPattern
-from autodropout import Policy
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(10, 1, epochs=3, batch_size=20, learning_rate=0.1, weight_decay=5e-4, augment="none")

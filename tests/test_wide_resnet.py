@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from autodropout.reproduce.models.wide_resnet import WideBlock
 from autodropout.reproduce.models.wide_resnet import WideResNet
-from torch import nn
 
 
 def parameters(depth: int, width: int) -> int:
