@@ -17,8 +17,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from autodropout.reproduce.models.wide_resnet import WideBlock
-from autodropout.reproduce.models.wide_resnet import WideResNet
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,6 +34,8 @@ from autodropout import apply_policy
 from autodropout import remove_policy
 from autodropout.apply import SiteDropout
 from autodropout.nn import PatternDropout
+from autodropout.reproduce.models.wide_resnet import WideBlock
+from autodropout.reproduce.models.wide_resnet import WideResNet
 from autodropout.sites import find_sites
 
 SIGMAS = 5.0

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from autodropout.kernels import bernoulli_dropout
-from autodropout.kernels import block_dropout
-from autodropout.kernels import tiled_dropout
 
 from autodropout import BernoulliPattern
 from autodropout import BlockPattern
 from autodropout import Pattern
 from autodropout import TiledPattern
 from autodropout import pattern_dropout
+from autodropout.kernels import bernoulli_dropout
+from autodropout.kernels import block_dropout
+from autodropout.kernels import tiled_dropout
 
 SEED = 2**40 + 8
 PATTERNS: list[Pattern] = [

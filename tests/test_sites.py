@@ -9,9 +9,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from autodropout.reproduce.models.wide_resnet import WideResNet
 from torch import nn
 
+from autodropout.reproduce.models.wide_resnet import WideResNet
 from autodropout.sites import ModelSite
 from autodropout.sites import find_sites
 from autodropout.sites import skip_child
