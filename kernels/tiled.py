@@ -14,6 +14,7 @@ multiplied there; any other device takes the plain PyTorch twin below.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ def _draw(
     if _triton_runs_on(seed.device):
         from . import tiled_triton
 
-        return tiled_triton.draw(seed, n, c, atlas, share_c, normalize, rank)
+        with torch.cuda.device(seed.device):  # Triton launches on the current device
+            return tiled_triton.draw(seed, n, c, atlas, share_c, normalize, rank)
     starts = torch.empty((n, planes), dtype=torch.int32, device=seed.device)
     at_once = max(1, PLACED_AT_ONCE // planes)
     channels = torch.arange(planes, device=seed.device)
@@ -165,7 +167,8 @@ def _apply(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: t
     if _triton_runs_on(x.device):
         from . import tiled_triton
 
-        return tiled_triton.apply(x, atlas, starts, scale)
+        with torch.cuda.device(x.device):
+            return tiled_triton.apply(x, atlas, starts, scale)
     if x.device.type == "cpu":
         return _apply_on_cpu(x, atlas, starts, scale)
     return apply_reference(x, atlas, starts, scale)
@@ -254,13 +257,7 @@ def _mask_planes(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.T
 
 
 def _triton_runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and _has_triton()
-
-
-def _has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 # ---- registration --------------------------------------------------------------------------------------------------
