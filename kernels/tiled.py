@@ -32,6 +32,9 @@ from .seeds import as_seed
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NORMALIZE = ("mask", "expected", "none")
 
+# Looked up, not imported: Triton is only needed on a GPU, and does not exist on every system.
+HAS_TRITON = find_spec("triton") is not None
+
 # Planes placed at a time: bounds the six buffers of Philox to 12 MB. Smaller slices are slower (81,920 planes on two
 # cores: 1.2 ms at once, 1.6 in halves, 2.6 in quarters), because PyTorch splits only long tensors among threads.
 PLACED_AT_ONCE = 1 << 18
@@ -257,7 +260,7 @@ def _mask_planes(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.T
 
 
 def _triton_runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and find_spec("triton") is not None
+    return device.type == "cuda" and HAS_TRITON
 
 
 # ---- registration --------------------------------------------------------------------------------------------------
