@@ -11,12 +11,12 @@ import math
 
 import pytest
 import torch
-from autodropout.kernels import block_dropout
 from tiled_cases import Case
 from tiled_cases import random_cases
 from twins import tiled_numpy as twin
 
 from autodropout import BlockPattern
+from autodropout.kernels import block_dropout
 
 PLACEMENTS = 2048
 SIGMAS = 4.0

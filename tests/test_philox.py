@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from twins import philox_numpy as twin
+
 from autodropout.kernels.philox import below
 from autodropout.kernels.philox import philox
-from twins import philox_numpy as twin
 
 SEEDS = [0, 1, 2**32 - 1, 2**32, 2**40 + 8, 2**63 - 1, -1, -2, -(2**32), -(2**63), -(2**63) + 2**31]
 # One counter word each: every combination of shapes that broadcasts in its own way, ints among them.

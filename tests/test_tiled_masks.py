@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from autodropout.kernels import tiled_dropout
 from tiled_cases import DTYPES
 from tiled_cases import Case
 from tiled_cases import activations
@@ -26,6 +25,7 @@ from twins.golden import GOLDEN
 from twins.golden import GOLDEN_ROWS
 
 from autodropout import TiledPattern
+from autodropout.kernels import tiled_dropout
 
 RANDOM = random_cases(240, seed=20210, longest=64)
 CASES = RANDOM + large_cases(seed=20211)
