@@ -85,10 +85,10 @@ def tiled_dropout(
     else:
         raise TypeError(f"atlas must be an Atlas or a tensor of fields, got {type(atlas).__name__}")
     ops = torch.ops.autodropout
-    starts, scale = ops.tiled_draw(
-        fields, as_seed(seed, x.device), n, c, h, w, bool(share_c), normalize, as_rank(rank)
-    )
-    y: torch.Tensor = ops.tiled_apply(x, fields, starts, scale)
+    starts, scale = ops.tiled_draw(fields, as_seed(seed, x.device), n, c, h, w, bool(share_c), normalize, as_rank(rank))
+    # Dynamo traces no Function with a jvp of its own; what it compiles needs none.
+    apply = ops.tiled_apply if torch.compiler.is_compiling() else _Apply.apply
+    y: torch.Tensor = apply(x, fields, starts, scale)
     return y
 
 
@@ -293,18 +293,48 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, N
     return torch.ops.autodropout.tiled_apply(grad, *ctx.saved_tensors), None, None, None
 
 
-def _apply_vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: Any
-) -> tuple[torch.Tensor, int]:
-    """Every element of the batch gets the same mask: the placements were drawn once, outside the batch."""
-    if any(dim is not None for dim in in_dims[1:]):
-        raise ValueError("seed must not be batched by vmap: draw outside it, or call the op once per seed")
-    dim = in_dims[0]
-    assert dim is not None
-    batched = x.movedim(dim, 0)
-    folded = batched.reshape(-1, *batched.shape[2:])
-    y = torch.ops.autodropout.tiled_apply(folded, fields, starts.repeat(batched.shape[0], 1), scale)
-    return y.view(batched.shape), 0
+class _Apply(torch.autograd.Function):
+    """`tiled_apply` as `torch.func` and forward mode need it.
+
+    Of an op of torch.library the former differentiates nothing, and the latter gets a tangent of zeros without a word.
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.autodropout.tiled_apply(x, fields, starts, scale)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Apply.apply(grad, *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> Any:
+        return _Apply.apply(tangent, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: torch.Tensor,
+        fields: torch.Tensor,
+        starts: torch.Tensor,
+        scale: Any,
+    ) -> tuple[torch.Tensor, int]:
+        """Every element of the batch gets the same mask: the placements were drawn once, outside the batch."""
+        if any(dim is not None for dim in in_dims[1:]):
+            raise ValueError("seed must not be batched by vmap: draw outside it, or call the op once per seed")
+        dim = in_dims[0]
+        assert dim is not None
+        batched = x.movedim(dim, 0)
+        folded = batched.reshape(-1, *batched.shape[2:])
+        y: torch.Tensor = _Apply.apply(folded, fields, starts.repeat(batched.shape[0], 1), scale)
+        return y.view(batched.shape), 0
 
 
 register_op(
@@ -319,5 +349,5 @@ register_op(
     _apply_fake,
     setup_context=_save,
     backward=_backward,
-    vmap=_apply_vmap,
+    vmap=_Apply.vmap,
 )

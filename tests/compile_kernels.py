@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 import triton
-from autodropout.kernels import tiled_triton
-from autodropout.kernels.atlas import Atlas
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import make_backend
+
+from autodropout.kernels import tiled_triton
+from autodropout.kernels.atlas import Atlas
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -17,6 +17,8 @@ import torch
 from mask_contracts import DTYPES
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from autodropout import TiledPattern
@@ -109,7 +111,7 @@ def other_patterns(count: int, share_c: bool) -> list[TiledPattern]:
 @pytest.mark.parametrize("share_c", [False, True])
 def test_dynamo_compiles_a_function_once(share_c: bool) -> None:
     """50 patterns and seeds, forward and backward: one frame, no break, and the values of eager code."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call(share_c), backend=counter, fullgraph=True)
     x = activation("contiguous").requires_grad_()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -125,7 +127,7 @@ def test_dynamo_compiles_a_function_once(share_c: bool) -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("share_c", [False, True])
 def test_dynamo_compiles_a_module_once(share_c: bool) -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     module = PatternDropout(TiledPattern(0.1, share_c=share_c))
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     x = activation("contiguous")
@@ -264,12 +266,35 @@ def test_vmap_over_seeds_refuses() -> None:
         torch.func.vmap(lambda x, seed: tiled_dropout(x, FIELDS, seed))(x[:, None], torch.arange(3))
 
 
-def test_forward_mode_refuses() -> None:
-    """It must not answer with a tangent of zeros."""
+def test_forward_mode() -> None:
+    """The op is linear: the tangent is masked as x is, with and without `torch.func`."""
     x = activation("contiguous")
+    tangent = activation("channels_last").neg()
     seed = torch.tensor(SEED)
-    with pytest.raises(RuntimeError, match="forward AD"):
-        torch.func.jvp(lambda x: tiled_dropout(x, FIELDS, seed), (x,), (x,))
+    y, derivative = torch.func.jvp(lambda x: tiled_dropout(x, FIELDS, seed), (x,), (tangent,))
+    assert torch.equal(y, tiled_dropout(x, FIELDS, seed))
+    assert torch.equal(derivative, tiled_dropout(tangent, FIELDS, seed))
+    with forward_ad.dual_level():
+        dual = tiled_dropout(forward_ad.make_dual(x, tangent), FIELDS, seed)
+        assert torch.equal(forward_ad.unpack_dual(dual).tangent, derivative)
+
+
+@pytest.mark.parametrize("share_c", [False, True])
+def test_all_modes_of_differentiation_agree(share_c: bool) -> None:
+    x = activation("contiguous", (2, 2, 3, 3)).double().requires_grad_()
+    seed = torch.tensor(SEED)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return tiled_dropout(x, FIELDS, seed, share_c)
+
+    assert torch.autograd.gradcheck(
+        function, (x,), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(function, (x,), check_fwd_over_rev=True)
+    forward, reverse = (jacobian(function)(x.detach()) for jacobian in (torch.func.jacfwd, torch.func.jacrev))
+    assert torch.equal(forward, reverse)
+    factors = tiled_dropout(torch.ones_like(x.detach()), FIELDS, seed, share_c).flatten()
+    assert torch.equal(forward.view(36, 36), torch.diag(factors))
 
 
 def test_functional_and_per_sample_gradients() -> None:
