@@ -71,7 +71,7 @@ def _line(label: str, strength: str, n: str, interval: str, paper: str) -> str:
 
 
 def _wrap(text: str, width: int = WIDTH) -> list[str]:
-    return textwrap.wrap(text, width) or [""]
+    return textwrap.wrap(text, width, break_on_hyphens=False) or [""]
 
 
 def plot(path: Path, title: Sequence[str], rows: Sequence[Row], axis: str) -> None:
@@ -107,8 +107,8 @@ def plot(path: Path, title: Sequence[str], rows: Sequence[Row], axis: str) -> No
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel(axis)
-    heading = "\n".join(line for paragraph in title for line in _wrap(paragraph, 100))
-    figure.suptitle(heading, fontsize=9, ha="left", x=0.01)
+    heading = "\n".join(line for paragraph in title for line in _wrap(paragraph, 112))
+    figure.suptitle(heading, fontsize=8.5, ha="left", x=0.01)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=150)

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from autodropout import Policy
 from autodropout import Site
 from autodropout import TiledPattern
+from autodropout import load_policy
 from autodropout.reproduce import table2_cifar
+from autodropout.reproduce.data import ImageData
+from autodropout.reproduce.data import open_data
+from autodropout.reproduce.experiment import Result
+from autodropout.reproduce.experiment import Settings
 from autodropout.reproduce.table2_cifar import PRESETS
 from autodropout.reproduce.table2_cifar import main
 
 SCRIPT = Path(table2_cifar.__file__)
 TINY = ["--epochs", "2", "--train-images", "20", "--seeds", "2", "--methods", "none", "dropout"]
 TINY_MODELS = 3 * PRESETS["demo"].tuning_seeds + 2 * 2
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Such small networks only lose by more, and what a script sets must not reach other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -143,18 +160,13 @@ def test_real_cifar10(
     assert 0.05 < float(str(record["accuracy"])) < 0.5, "1 epoch of 60 images: near chance, on 10,000 test images"
 
 
-def test_paper_numbers_only_beside_the_papers_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodropout import load_policy
-    from autodropout.reproduce.data import open_data
-    from autodropout.reproduce.experiment import Result
-    from autodropout.reproduce.experiment import Settings
-
+def test_paper_numbers_only_beside_the_papers_experiment() -> None:
     digits = open_data("digits", 10, 10)
-    cifar = dataclasses_replace(digits, title="CIFAR-10 (local parquet, PNG images)")
+    cifar = dataclasses.replace(digits, title="CIFAR-10 (local parquet, PNG images)")
     results = [Result("none", None, (0.9,)), Result("autodropout", 1.0, (0.9,))]
 
-    def shown(preset: str, augment: str, data: object) -> list[str | None]:
-        recipe = dataclasses_replace(PRESETS[preset].recipe, augment=augment)
+    def shown(preset: str, augment: str, data: ImageData) -> list[str | None]:
+        recipe = dataclasses.replace(PRESETS[preset].recipe, augment=augment)
         settings = Settings("t", preset, recipe, ("none", "autodropout"), 1, 1, True, "hand-v0", load_policy("hand-v0"))
         return [row.paper for row in table2_cifar._report(settings, data, results)[1]]
 
@@ -163,12 +175,6 @@ def test_paper_numbers_only_beside_the_papers_experiment(monkeypatch: pytest.Mon
     assert shown("paper", "none", cifar) == [None, None]
     assert shown("paper", "flip_crop", digits) == [None, None]
     assert shown("small", "flip_crop", cifar) == [None, None]
-
-
-def dataclasses_replace(value, **changes):  # type: ignore[no-untyped-def]
-    import dataclasses
-
-    return dataclasses.replace(value, **changes)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> str:

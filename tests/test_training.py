@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ CPU = torch.device("cpu")
 RECIPE = Recipe(10, 1, epochs=3, batch_size=20, learning_rate=0.1, weight_decay=5e-4, augment="none")
 OFF = Policy.uniform(None)
 DROPOUT = Policy.uniform(BernoulliPattern(0.1))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Such small networks only lose by more, and what a script sets must not reach other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
