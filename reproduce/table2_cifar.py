@@ -127,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         picture = experiment.results.with_suffix(".png")
         plot(
             picture, title, rows, f"test accuracy in %; a dot per seed, mean and 95% interval, dashed: {rows[0].label}"
+        if any(row.paper for row in rows):
+            axis += "; star: the paper"
         )
         print(f"one line per trained model: {experiment.results}\nplot: {picture}", file=sys.stderr)
     return 0

@@ -115,7 +115,7 @@ def train_model(
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, half, enabled=on_gpu):
                 loss = F.cross_entropy(scores(normalise(images)), labels)
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
         if on_gpu:
