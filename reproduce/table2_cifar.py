@@ -125,11 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         title, rows, notes = _report(settings, data, results)
         print(table(title, rows, notes))
         picture = experiment.results.with_suffix(".png")
-        plot(
-            picture, title, rows, f"test accuracy in %; a dot per seed, mean and 95% interval, dashed: {rows[0].label}"
+        axis = f"test accuracy in %; a dot per seed, mean and 95% interval; dashed: {rows[0].label}"
         if any(row.paper for row in rows):
             axis += "; star: the paper"
-        )
+        plot(picture, title, rows, axis)
         print(f"one line per trained model: {experiment.results}\nplot: {picture}", file=sys.stderr)
     return 0
 
