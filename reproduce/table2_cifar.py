@@ -142,7 +142,13 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="size of the experiment (default: demo)")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", default=METHODS, help=f"from: {', '.join(METHODS)}")
+    parser.add_argument(
+        "--methods",
+        type=lambda names: tuple(names.split(",")),
+        metavar="A,B,...",
+        default=METHODS,
+        help=f"from: {', '.join(METHODS)} (default: all)",
+    )
     parser.add_argument("--seeds", type=int, metavar="N", help="final models per method, with seeds 0 to N-1")
     parser.add_argument("--epochs", type=int, metavar="N", help="epochs of every training")
     parser.add_argument("--train-images", type=int, metavar="N", help="use only the first N training images")

@@ -28,7 +28,7 @@ from autodropout.reproduce.table2_cifar import PRESETS
 from autodropout.reproduce.table2_cifar import main
 
 SCRIPT = Path(table2_cifar.__file__)
-TINY = ["--epochs", "2", "--train-images", "20", "--seeds", "2", "--methods", "none", "dropout"]
+TINY = ["--epochs", "2", "--train-images", "20", "--seeds", "2", "--methods", "none,dropout"]
 TINY_MODELS = 3 * PRESETS["demo"].tuning_seeds + 2 * 2
 
 
