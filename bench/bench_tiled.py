@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from autodropout.kernels import tiled_dropout
 from conftest import Report
 from interleaved import interleaved
 from timm.layers import drop_block_2d as timm_drop_block
 from torchvision.ops import drop_block2d
 
 from autodropout import TiledPattern
+from autodropout.kernels import tiled_dropout
 
 SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (128, 320, 16, 16), (128, 640, 8, 8)]
 ROUNDS = 11
