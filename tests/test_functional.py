@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import dynamo_reads_patterns_lazily
 
 from autodropout import BernoulliPattern
 from autodropout import BlockPattern
@@ -131,6 +132,7 @@ def many(pattern: Pattern, count: int) -> list[Pattern]:
     return [BlockPattern(i / count * 0.9, 1 + i % 9, pattern.share_c) for i in range(count)]
 
 
+@dynamo_reads_patterns_lazily
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_compiles_whole_and_once_for_ten_patterns(pattern: Pattern) -> None:
     torch.compiler.reset()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import dynamo_reads_patterns_lazily
 from torch._dynamo.testing import CompileCounter
 
 from autodropout.patterns import BernoulliPattern
@@ -171,6 +172,7 @@ class _UsesFields(torch.nn.Module):
         return x * self.pattern.fields().sum()
 
 
+@dynamo_reads_patterns_lazily
 @pytest.mark.parametrize(
     "make",
     [
@@ -192,6 +194,7 @@ def test_other_values_do_not_recompile(make: Any) -> None:
     assert counter.frame_count == 1
 
 
+@dynamo_reads_patterns_lazily
 @pytest.mark.parametrize(("kind", "required"), KINDS)
 def test_a_pattern_can_be_made_inside_a_compiled_function(kind: Any, required: dict[str, Any]) -> None:
     def use(x: torch.Tensor) -> torch.Tensor:
