@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .checks import check_fields
+
 FIELDS = ("size", "stride", "repeat", "rotate", "shear_x", "shear_y")
 RANGES = {"size": (0.0, 2.0), "stride": (0.0, 4.0), "repeat": (0, 64), "shear_x": (-2.0, 2.0), "shear_y": (-2.0, 2.0)}
 
@@ -142,17 +144,13 @@ def atlas_of(fields: torch.Tensor, height: int, width: int) -> Atlas:
     Raises:
         TypeError, ValueError: fields is not a float64 tensor of 6 numbers on the CPU, or a number is out of its range.
     """
-    check_fields(fields)
+    check_atlas_fields(fields)
     return _cached_atlas(tuple(fields.tolist()), height, width)
 
 
-def check_fields(fields: torch.Tensor) -> None:
+def check_atlas_fields(fields: torch.Tensor) -> None:
     """Refuse what is not a fields tensor; reads no value, so it can be traced."""
-    if fields.dtype != torch.float64 or fields.shape != (len(FIELDS),) or fields.device.type != "cpu":
-        raise ValueError(
-            f"atlas must be an Atlas or a float64 CPU tensor ({', '.join(FIELDS)}), "
-            f"got {fields.dtype}, shape {tuple(fields.shape)}, on {fields.device}"
-        )
+    check_fields(fields, FIELDS, "atlas must be an Atlas or")
 
 
 @lru_cache(maxsize=CACHED)

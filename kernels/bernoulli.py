@@ -20,19 +20,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from .masking import NORMALIZE
+from .checks import NORMALIZE
+from .checks import check_activation
+from .checks import check_choice
+from .checks import check_fields
+from .checks import check_real
 from .masking import SLICE_CELLS
 from .masking import boxes
-from .masking import check_activation
-from .masking import check_choice
-from .masking import check_fields
-from .masking import check_real
 from .masking import scale_of_mask
-from .masking import unbatched
 from .masking import write_masked
 from .philox import MASK32
 from .philox import philox
@@ -40,6 +38,7 @@ from .registration import register_op
 from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
+from .self_adjoint import register_self_adjoint
 
 SHARED = ("none", "map", "sample")
 
@@ -88,8 +87,7 @@ def bernoulli_dropout(
     seed = as_seed(seed, x.device)
     rank = as_rank(rank)
     scale = torch.ops.autodropout.bernoulli_scale(fields, seed, x.shape, shared, normalize, rank)
-    y: torch.Tensor = torch.ops.autodropout.bernoulli_apply(x, fields, seed, scale, shared, rank)
-    return y
+    return _differentiable(x, fields, seed, scale, shared, rank)
 
 
 def _rate_of(fields: torch.Tensor) -> float:
@@ -156,36 +154,12 @@ def _apply(
     return y
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, fields, seed, scale, shared, rank = inputs
-    ctx.save_for_backward(fields, seed, scale)
-    ctx.shared, ctx.rank = shared, rank
-
-
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The op is its own adjoint."""
-    fields, seed, scale = ctx.saved_tensors
-    return torch.ops.autodropout.bernoulli_apply(grad, fields, seed, scale, ctx.shared, ctx.rank), *([None] * 5)
-
-
-def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, fields: Any, seed: Any, scale: Any, *rest: Any
-) -> tuple[torch.Tensor, int]:
-    """Every element of the batch is a call of its own with the same seed, and so gets the same mask."""
-    elements = unbatched(in_dims, x)
-    return torch.stack([torch.ops.autodropout.bernoulli_apply(e, fields, seed, scale, *rest) for e in elements]), 0
-
-
 register_op(
     "bernoulli_scale(Tensor fields, Tensor seed, SymInt[] shape, str shared, str normalize, SymInt rank) -> Tensor",
     _scale,
     lambda fields, seed, shape, shared, normalize, rank: seed.new_empty((), dtype=torch.float64),
 )
-register_op(
+_differentiable = register_self_adjoint(
     "bernoulli_apply(Tensor x, Tensor fields, Tensor seed, Tensor scale, str shared, SymInt rank) -> Tensor",
     _apply,
-    lambda x, fields, seed, scale, shared, rank: torch.empty_like(x),
-    setup_context=_setup_context,
-    backward=_backward,
-    vmap=_vmap,
 )

@@ -36,16 +36,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .masking import NORMALIZE
+from .checks import NORMALIZE
+from .checks import check_choice
+from .checks import check_fields
+from .checks import check_flag
+from .checks import check_maps
+from .checks import check_real
 from .masking import SLICE_CELLS
 from .masking import boxes
-from .masking import check_activation
-from .masking import check_choice
-from .masking import check_fields
-from .masking import check_real
 from .masking import compute_type
 from .masking import scale_of_mask
-from .masking import unbatched
 from .masking import write_masked
 from .masking import write_product
 from .philox import below
@@ -54,6 +54,7 @@ from .registration import register_op
 from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
+from .self_adjoint import register_self_adjoint
 
 FIELDS = ("rate", "block_size")
 MAX_RATE = 0.95
@@ -110,12 +111,9 @@ def block_dropout(
         TypeError, ValueError: an argument is not what is stated above; the message names it. A number out of range in a
             tensor is found when the op runs.
     """
-    check_activation(x)
+    check_maps(x)
     check_choice("normalize", normalize, NORMALIZE)
-    if not isinstance(share_c, bool):
-        raise TypeError(f"share_c must be a bool, got {share_c!r} of type {type(share_c).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
+    check_flag("share_c", share_c)
     if isinstance(fields, torch.Tensor):
         check_fields(fields, FIELDS)
     elif not isinstance(fields, Sequence) or len(fields) != 2:
@@ -125,8 +123,7 @@ def block_dropout(
     seed = as_seed(seed, x.device)
     rank = as_rank(rank)
     scale = torch.ops.autodropout.block_scale(fields, seed, x.shape, share_c, normalize, rank)
-    y: torch.Tensor = torch.ops.autodropout.block_apply(x, fields, seed, scale, share_c, rank)
-    return y
+    return _differentiable(x, fields, seed, scale, share_c, rank)
 
 
 def check_values(rate: object, block_size: object) -> tuple[float, float]:
@@ -370,36 +367,12 @@ def _apply_sparse(
             memory.index_fill_(0, (corner[first : first + at_once, None] + inside).reshape(-1), 0.0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, fields, seed, scale, share_c, rank = inputs
-    ctx.save_for_backward(fields, seed, scale)
-    ctx.share_c, ctx.rank = share_c, rank
-
-
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The op is its own adjoint."""
-    fields, seed, scale = ctx.saved_tensors
-    return torch.ops.autodropout.block_apply(grad, fields, seed, scale, ctx.share_c, ctx.rank), *([None] * 5)
-
-
-def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, fields: Any, seed: Any, scale: Any, *rest: Any
-) -> tuple[torch.Tensor, int]:
-    """Every element of the batch is a call of its own with the same seed, and so gets the same mask."""
-    elements = unbatched(in_dims, x)
-    return torch.stack([torch.ops.autodropout.block_apply(e, fields, seed, scale, *rest) for e in elements]), 0
-
-
 register_op(
     "block_scale(Tensor fields, Tensor seed, SymInt[] shape, bool share_c, str normalize, SymInt rank) -> Tensor",
     _scale,
     lambda fields, seed, shape, share_c, normalize, rank: seed.new_empty((), dtype=torch.float64),
 )
-register_op(
+_differentiable = register_self_adjoint(
     "block_apply(Tensor x, Tensor fields, Tensor seed, Tensor scale, bool share_c, SymInt rank) -> Tensor",
     _apply,
-    lambda x, fields, seed, scale, share_c, rank: torch.empty_like(x),
-    setup_context=_setup_context,
-    backward=_backward,
-    vmap=_vmap,
 )

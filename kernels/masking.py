@@ -1,4 +1,4 @@
-"""What the ops that draw their mask anew in every pass share: checks, slices that bound memory, the masked product."""
+"""Work that the ops share: slices that bound memory, the quotient that scales, the masked product."""
 
 from __future__ import annotations
 
@@ -9,46 +9,8 @@ from itertools import product
 
 import torch
 
-NORMALIZE = ("expected", "mask", "none")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
 # Cells masked at a time. The six int64 buffers of Philox then take 3 MB, few enough to stay in a cache.
 SLICE_CELLS = 1 << 18
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuses a string argument that is none of `allowed`: ValueError, or TypeError if it is no string."""
-    stated = " or ".join(repr(choice) for choice in allowed)
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be {stated}, got {value!r} of type {type(value).__name__}")
-    if value not in allowed:
-        raise ValueError(f"{name} must be {stated}, got {value!r}")
-
-
-def check_activation(x: object) -> None:
-    """Refuses what is not a tensor of a floating dtype that the ops know (TypeError)."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float64, float32, float16 or bfloat16, got {x.dtype}")
-
-
-def check_real(name: str, value: object, low: float, high: float) -> float:
-    """A Python number in [low, high] as a float; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r} of type {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
-    return float(value)
-
-
-def check_fields(fields: torch.Tensor, names: Sequence[str]) -> None:
-    """Refuses what is not a float64 CPU tensor with one number a name (ValueError). Reads no value: traceable."""
-    if fields.dtype != torch.float64 or tuple(fields.shape) != (len(names),) or fields.device.type != "cpu":
-        raise ValueError(
-            f"fields must be a float64 CPU tensor ({', '.join(names)}), "
-            f"got {fields.dtype}, shape {tuple(fields.shape)}, on {fields.device}"
-        )
 
 
 def boxes(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
@@ -91,22 +53,27 @@ def write_masked(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, droppe
     """
     factor = scale.to(compute_type(x))
     if dropped.numel() < x.numel() and x.device.type == "cpu":
-        # The mask of a few shared decisions costs nothing as a factor, but 0 * NaN is NaN: then, or when the sum itself
-        # overflows, zeros are written as well. Asking another device would make the host wait.
+        # The mask of a few shared decisions costs nothing as a factor, but 0 * NaN is NaN: then zeros are written as
+        # well. Asking another device would make the host wait.
         write_product(out, x, torch.where(dropped, 0.0, factor))
-        if out.sum(dtype=factor.dtype).isfinite():
+        if is_finite(out):
             return
     else:
         write_product(out, x, factor)
     out.masked_fill_(dropped, 0.0)
 
 
+def is_finite(y: torch.Tensor) -> bool:
+    """Whether no cell of y, which is not empty, is NaN or infinite: one read.
+
+    Both ends are NaN if any cell is. (A sum in another dtype would first convert all of y; one in float16 overflows.)
+    """
+    extent = 1 + sum((side - 1) * stride for side, stride in zip(y.shape, y.stride(), strict=True))
+    # aminmax copies what is not contiguous, such as channels_last. Without gaps the order of cells does not matter.
+    low, high = torch.aminmax(y.as_strided((extent,), (1,)) if extent == y.numel() else y)
+    return bool(low.isfinite() & high.isfinite())
+
+
 def compute_type(x: torch.Tensor) -> torch.dtype:
+    """The type in which a product with the scale is formed, and to which the scale is rounded."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def unbatched(in_dims: tuple[int | None, ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The elements of a tensor batched by vmap; ValueError when anything else is batched too."""
-    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
-        raise ValueError("seed and fields must not be batched by vmap: draw outside it, or call the op once per seed")
-    return x.unbind(in_dims[0])

@@ -15,22 +15,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
 from .atlas import Atlas
 from .atlas import atlas_of
-from .atlas import check_fields
+from .atlas import check_atlas_fields
+from .checks import NORMALIZE
+from .checks import check_choice
+from .checks import check_flag
+from .checks import check_maps
+from .masking import compute_type
+from .masking import is_finite
+from .masking import scale_of_mask
 from .philox import below
 from .philox import philox
 from .registration import register_op
 from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-NORMALIZE = ("mask", "expected", "none")
+from .self_adjoint import Apply
+from .self_adjoint import register_self_adjoint
 
 # Looked up, not imported: Triton is only needed on a GPU, and does not exist on every system.
 HAS_TRITON = find_spec("triton") is not None
@@ -71,34 +76,23 @@ def tiled_dropout(
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
     """
-    _check_activation(x)
-    if normalize not in NORMALIZE:
-        raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}")
+    check_maps(x)
+    check_choice("normalize", normalize, NORMALIZE)
+    check_flag("share_c", share_c)
     n, c, h, w = x.shape
-    if isinstance(atlas, Atlas):
+    if isinstance(atlas, torch.Tensor):
+        fields = atlas
+    # Not by its class: imported as `kernels` and as `autodropout.kernels`, this folder has two of that name.
+    elif all(hasattr(atlas, name) for name in ("fields", "height", "width")):
         if (atlas.height, atlas.width) != (h, w):
             raise ValueError(f"atlas must be of x's map {h}x{w}, got one of {atlas.height}x{atlas.width}")
         fields = atlas.fields
-    elif isinstance(atlas, torch.Tensor):
-        fields = atlas
-        check_fields(fields)
     else:
         raise TypeError(f"atlas must be an Atlas or a tensor of fields, got {type(atlas).__name__}")
-    ops = torch.ops.autodropout
-    starts, scale = ops.tiled_draw(fields, as_seed(seed, x.device), n, c, h, w, bool(share_c), normalize, as_rank(rank))
-    # Dynamo traces no Function with a jvp of its own; what it compiles needs none.
-    apply = ops.tiled_apply if torch.compiler.is_compiling() else _Apply.apply
-    y: torch.Tensor = apply(x, fields, starts, scale)
-    return y
-
-
-def _check_activation(x: torch.Tensor) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float64, float32, float16 or bfloat16, got {x.dtype}")
-    if x.dim() != 4:
-        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
+    check_atlas_fields(fields)
+    seed, rank = as_seed(seed, x.device), as_rank(rank)
+    starts, scale = torch.ops.autodropout.tiled_draw(fields, seed, n, c, h, w, share_c, normalize, rank)
+    return _differentiable(x, fields, starts, scale)
 
 
 # ---- draw: placements and scale ------------------------------------------------------------------------------------
@@ -145,10 +139,8 @@ def _scale(atlas: Atlas, starts: torch.Tensor, normalize: str) -> torch.Tensor:
     if normalize != "mask":
         return torch.full((), fixed_scale(atlas, normalize), dtype=torch.float64, device=starts.device)
     dropped = atlas.counts_by_start.to(starts.device).index_select(0, starts.reshape(-1)).sum()
-    size = torch.full((), starts.numel() * atlas.height * atlas.width, dtype=torch.float64, device=starts.device)
-    kept = size - dropped
-    # torch.div, because `int / tensor` is a reciprocal and a product, rounded twice.
-    return torch.where(kept > 0, torch.div(size, kept), 0.0)
+    size = starts.numel() * atlas.height * atlas.width
+    return scale_of_mask(size, size - dropped)
 
 
 def fixed_scale(atlas: Atlas, normalize: str) -> float:
@@ -179,7 +171,7 @@ def _apply(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: t
 
 def apply_reference(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The plain PyTorch twin: the whole mask, one product, one select. For devices without a kernel, and to read."""
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = compute_type(x)
     product = (x.to(compute) * scale.to(compute)).to(x.dtype)
     kept = kept_windows(atlas, starts)
     return torch.where(kept, product, torch.zeros((), dtype=x.dtype, device=x.device))
@@ -201,7 +193,7 @@ def _apply_on_cpu(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: to
     y = torch.empty_like(x)
     factor = scale.item()
     # In 16 bits the mask cannot carry the scale without rounding it: it multiplies by 0 and 1, the scale follows.
-    carries_scale = x.dtype in (torch.float64, torch.float32)
+    carries_scale = x.dtype == compute_type(x)
     flat = atlas.kept_flat
     if flat is None:
         _mask_planes(x, y, atlas, starts, factor if carries_scale else 1.0)
@@ -224,10 +216,8 @@ def _apply_on_cpu(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: to
                 torch.mul(x[select], mask, out=y[select])
     if not carries_scale and factor != 1.0:
         y.mul_(factor)
-    # 0 * NaN is NaN: only then is a select needed. One read of the output tells; both ends are NaN if any cell is.
-    # (A sum in another dtype would first convert the whole output, and a sum of float16 overflows.)
-    low, high = torch.aminmax(y.as_strided((y.numel(),), (1,)))
-    if not (low.isfinite() & high.isfinite()):
+    # 0 * NaN is NaN: only then is a select needed.
+    if not is_finite(y):
         for part, select in _parts(starts, h * w):
             y[select].masked_fill_(~kept_windows(atlas, part), 0.0)
     return y
@@ -281,60 +271,11 @@ def _draw_fake(
     return starts, torch.empty((), dtype=torch.float64, device=seed.device)
 
 
-def _apply_fake(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-    return torch.ops.autodropout.tiled_apply(grad, *ctx.saved_tensors), None, None, None
-
-
-class _Apply(torch.autograd.Function):
-    """`tiled_apply` as `torch.func` and forward mode need it.
-
-    Of an op of torch.library the former differentiates nothing, and the latter gets a tangent of zeros without a word.
-    """
-
-    @staticmethod
-    def forward(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.autodropout.tiled_apply(x, fields, starts, scale)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Apply.apply(grad, *ctx.saved_tensors), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> Any:
-        return _Apply.apply(tangent, *ctx.saved_tensors)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: torch.Tensor,
-        fields: torch.Tensor,
-        starts: torch.Tensor,
-        scale: Any,
-    ) -> tuple[torch.Tensor, int]:
-        """Every element of the batch gets the same mask: the placements were drawn once, outside the batch."""
-        if any(dim is not None for dim in in_dims[1:]):
-            raise ValueError("seed must not be batched by vmap: draw outside it, or call the op once per seed")
-        dim = in_dims[0]
-        assert dim is not None
-        batched = x.movedim(dim, 0)
-        folded = batched.reshape(-1, *batched.shape[2:])
-        y: torch.Tensor = _Apply.apply(folded, fields, starts.repeat(batched.shape[0], 1), scale)
-        return y.view(batched.shape), 0
+def _over_batch(
+    apply: Apply, x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """The batch becomes samples. Every element gets the same mask: the placements were drawn once, outside it."""
+    return apply(x.flatten(0, 1), fields, starts.repeat(x.shape[0], 1), scale).view(x.shape)
 
 
 register_op(
@@ -343,11 +284,8 @@ register_op(
     _draw,
     _draw_fake,
 )
-register_op(
+_differentiable = register_self_adjoint(
     "tiled_apply(Tensor x, Tensor fields, Tensor starts, Tensor scale) -> Tensor",
     _apply,
-    _apply_fake,
-    setup_context=_save,
-    backward=_backward,
-    vmap=_Apply.vmap,
+    _over_batch,
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 SEED = 2**40 + 8
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -62,6 +63,69 @@ def check_gradients(call: Call, fields: torch.Tensor) -> None:
     x = activation("contiguous", (2, 2, 3, 3)).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: call(x, fields, SEED), (x,))
     assert torch.autograd.gradgradcheck(lambda x: call(x, fields, SEED), (x,))
+
+
+def check_forward_mode(call: Call, fields: torch.Tensor) -> None:
+    """The op is linear: the tangent is masked as x is, with and without `torch.func`."""
+    x, tangent = activation("contiguous"), activation("channels_last").neg()
+    y, derivative = torch.func.jvp(lambda x: call(x, fields, SEED), (x,), (tangent,))
+    assert torch.equal(y, call(x, fields, SEED))
+    assert torch.equal(derivative, call(tangent, fields, SEED))
+    assert bool(derivative.any())
+    with forward_ad.dual_level():
+        dual = call(forward_ad.make_dual(x, tangent), fields, SEED)
+        assert torch.equal(forward_ad.unpack_dual(dual).tangent, derivative)
+
+
+def check_modes_of_differentiation_agree(call: Call, fields: torch.Tensor) -> None:
+    x = activation("contiguous", (2, 2, 3, 3)).double().requires_grad_()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return call(x, fields, SEED)
+
+    assert torch.autograd.gradcheck(
+        function, (x,), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(function, (x,), check_fwd_over_rev=True)
+    forward, reverse = (jacobian(function)(x.detach()) for jacobian in (torch.func.jacfwd, torch.func.jacrev))
+    assert torch.equal(forward, reverse)
+    factors = call(torch.ones_like(x.detach()), fields, SEED).flatten()
+    assert torch.equal(forward.view(36, 36), torch.diag(factors))
+
+
+def check_functional_gradients(call: Call, fields: torch.Tensor) -> None:
+    """`torch.func.grad`, of itself and by sample, against `backward` and against calls sample by sample."""
+    x = activation("contiguous")
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return (call(x, fields, SEED) ** 3).sum()
+
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    assert torch.equal(torch.func.grad(loss)(x), leaf.grad)
+    per_sample = torch.func.vmap(torch.func.grad(lambda sample: loss(sample[None])))(x)
+    for i in range(len(x)):
+        assert torch.equal(per_sample[i], torch.func.grad(loss)(x[i : i + 1])[0])
+    hessian_times_one = torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x)
+    mask = call(torch.ones_like(x), fields, SEED)
+    torch.testing.assert_close(hessian_times_one, 6 * x * mask**3)
+
+
+def check_compiled_transformations(call: Call, fields: torch.Tensor) -> None:
+    """Transformations inside torch.compile give what they give outside, or refuse where the graph must be whole."""
+    x, seed = activation("contiguous"), torch.tensor(SEED)
+    grad = torch.func.grad(lambda x: (call(x, fields, seed) ** 3).sum())
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "jvp": lambda x: torch.func.jvp(lambda x: call(x, fields, seed), (x,), (x,))[1],
+        "grad": grad,
+        "vmap": torch.func.vmap(lambda sample: call(sample[None], fields, seed)),
+        "per-sample gradients": torch.func.vmap(lambda sample: grad(sample[None])),
+    }
+    for name, function in functions.items():
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(function, backend="aot_eager")(x), function(x)), name
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(functions["jvp"], backend="aot_eager", fullgraph=True)(x)
 
 
 def check_backward_is_the_op(call: Call, fields: torch.Tensor) -> None:

@@ -9,12 +9,13 @@ import mask_contracts as contracts
 import numpy as np
 import pytest
 import torch
-from autodropout.kernels import bernoulli_dropout
 from mask_contracts import DTYPES
 from mask_contracts import LAYOUTS
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
 from twins import bernoulli_numpy as twin
+
+from autodropout.kernels import bernoulli_dropout
 
 SHARED = ("none", "map", "sample")
 RATE = torch.tensor([0.4], dtype=torch.float64)
@@ -91,9 +92,10 @@ def test_a_sample_larger_than_a_slice() -> None:
 
 def test_indices_beyond_32_bits_of_calls() -> None:
     """Decisions 2^34 + 1 and 2^34 - 1 of a sample: the second counter word carries."""
-    from autodropout.kernels.bernoulli import _dropped_run
     from twins.philox_numpy import key_of
     from twins.philox_numpy import philox
+
+    from autodropout.kernels.bernoulli import _dropped_run
 
     words = [philox(c, 1, 0, 3, key_of(SEED)) for c in (0, 1)]
     before = philox(2**32 - 1, 0, 0, 3, key_of(SEED))
@@ -166,6 +168,19 @@ class TestContracts:
     def test_gradients(self, shared: str) -> None:
         contracts.check_gradients(call(shared, "mask"), RATE)
         contracts.check_backward_is_the_op(call(shared), RATE)
+
+    def test_forward_mode(self, shared: str) -> None:
+        contracts.check_forward_mode(call(shared, "mask"), RATE)
+
+    def test_all_modes_of_differentiation_agree(self, shared: str) -> None:
+        contracts.check_modes_of_differentiation_agree(call(shared, "mask"), RATE)
+
+    def test_functional_and_per_sample_gradients(self, shared: str) -> None:
+        contracts.check_functional_gradients(call(shared), RATE)
+
+    @pytest.mark.usefixtures("fresh_dynamo")
+    def test_compiled_transformations(self, shared: str) -> None:
+        contracts.check_compiled_transformations(call(shared), RATE)
 
     def test_saves_no_mask(self, shared: str) -> None:
         assert contracts.saved_bytes(call(shared, "mask"), RATE) == 3 * 8

@@ -9,13 +9,14 @@ from typing import Any
 import mask_contracts as contracts
 import pytest
 import torch
-from autodropout.kernels import block_dropout
-from autodropout.kernels.block import geometry
 from mask_contracts import DTYPES
 from mask_contracts import LAYOUTS
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
 from twins import block_numpy as twin
+
+from autodropout.kernels import block_dropout
+from autodropout.kernels.block import geometry
 
 FIELDS = torch.tensor([0.3, 3], dtype=torch.float64)
 DENSE = torch.tensor([0.7, 3], dtype=torch.float64)  # so many blocks that another route is taken
@@ -203,6 +204,19 @@ class TestContracts:
     def test_gradients(self, share_c: bool) -> None:
         contracts.check_gradients(call(share_c, "mask"), FIELDS)
         contracts.check_backward_is_the_op(call(share_c), FIELDS)
+
+    def test_forward_mode(self, share_c: bool) -> None:
+        contracts.check_forward_mode(call(share_c, "mask"), FIELDS)
+
+    def test_all_modes_of_differentiation_agree(self, share_c: bool) -> None:
+        contracts.check_modes_of_differentiation_agree(call(share_c, "mask"), FIELDS)
+
+    def test_functional_and_per_sample_gradients(self, share_c: bool) -> None:
+        contracts.check_functional_gradients(call(share_c), FIELDS)
+
+    @pytest.mark.usefixtures("fresh_dynamo")
+    def test_compiled_transformations(self, share_c: bool) -> None:
+        contracts.check_compiled_transformations(call(share_c), FIELDS)
 
     def test_saves_no_mask(self, share_c: bool) -> None:
         assert contracts.saved_bytes(call(share_c, "mask"), FIELDS) == 4 * 8

@@ -18,7 +18,6 @@ from mask_contracts import DTYPES
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from autodropout import TiledPattern
@@ -260,59 +259,30 @@ def test_vmap_gives_every_element_the_same_mask(in_dim: int, share_c: bool) -> N
 def test_vmap_over_seeds_refuses() -> None:
     x = activation("contiguous")
     for normalize in NORMALIZE:
-        with pytest.raises(ValueError, match="seed must not be batched by vmap: draw outside it"):
+        with pytest.raises(ValueError, match="seed .*must not be batched by vmap: draw outside it"):
             torch.func.vmap(lambda seed, n=normalize: tiled_dropout(x, FIELDS, seed, normalize=n))(torch.arange(3))
-    with pytest.raises(ValueError, match="seed must not be batched by vmap"):
+    with pytest.raises(ValueError, match="seed and fields must not be batched by vmap"):
         torch.func.vmap(lambda x, seed: tiled_dropout(x, FIELDS, seed))(x[:, None], torch.arange(3))
 
 
-def test_forward_mode() -> None:
-    """The op is linear: the tangent is masked as x is, with and without `torch.func`."""
-    x = activation("contiguous")
-    tangent = activation("channels_last").neg()
-    seed = torch.tensor(SEED)
-    y, derivative = torch.func.jvp(lambda x: tiled_dropout(x, FIELDS, seed), (x,), (tangent,))
-    assert torch.equal(y, tiled_dropout(x, FIELDS, seed))
-    assert torch.equal(derivative, tiled_dropout(tangent, FIELDS, seed))
-    with forward_ad.dual_level():
-        dual = tiled_dropout(forward_ad.make_dual(x, tangent), FIELDS, seed)
-        assert torch.equal(forward_ad.unpack_dual(dual).tangent, derivative)
+@pytest.mark.parametrize("share_c", [False, True])
+def test_forward_mode(share_c: bool) -> None:
+    contracts.check_forward_mode(call(share_c), FIELDS)
 
 
 @pytest.mark.parametrize("share_c", [False, True])
 def test_all_modes_of_differentiation_agree(share_c: bool) -> None:
-    x = activation("contiguous", (2, 2, 3, 3)).double().requires_grad_()
-    seed = torch.tensor(SEED)
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return tiled_dropout(x, FIELDS, seed, share_c)
-
-    assert torch.autograd.gradcheck(
-        function, (x,), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
-    )
-    assert torch.autograd.gradgradcheck(function, (x,), check_fwd_over_rev=True)
-    forward, reverse = (jacobian(function)(x.detach()) for jacobian in (torch.func.jacfwd, torch.func.jacrev))
-    assert torch.equal(forward, reverse)
-    factors = tiled_dropout(torch.ones_like(x.detach()), FIELDS, seed, share_c).flatten()
-    assert torch.equal(forward.view(36, 36), torch.diag(factors))
+    contracts.check_modes_of_differentiation_agree(call(share_c), FIELDS)
 
 
-def test_functional_and_per_sample_gradients() -> None:
-    x = activation("contiguous")
-    seed = torch.tensor(SEED)
+@pytest.mark.parametrize("share_c", [False, True])
+def test_functional_and_per_sample_gradients(share_c: bool) -> None:
+    contracts.check_functional_gradients(call(share_c, "expected"), FIELDS)
 
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        return (tiled_dropout(x, FIELDS, seed) ** 3).sum()
 
-    leaf = x.clone().requires_grad_()
-    loss(leaf).backward()
-    assert torch.equal(torch.func.grad(loss)(x), leaf.grad)
-    per_sample = torch.func.vmap(torch.func.grad(lambda sample: loss(sample[None])))(x)
-    for i in range(len(x)):
-        assert torch.equal(per_sample[i], torch.func.grad(loss)(x[i : i + 1])[0])
-    hessian_times_one = torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x)
-    mask = tiled_dropout(torch.ones_like(x), FIELDS, seed)
-    torch.testing.assert_close(hessian_times_one, 6 * x * mask**3)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_transformations() -> None:
+    contracts.check_compiled_transformations(call(), FIELDS)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -401,8 +371,9 @@ def fields(**changes: float) -> torch.Tensor:
         ({"seed": torch.tensor(7, dtype=torch.int32)}, TypeError, "seed must be an int64 tensor, got torch.int32"),
         ({"seed": torch.tensor([7])}, ValueError, r"seed must be a 0-d tensor, got shape \(1,\)"),
         ({"seed": torch.tensor(7).to("meta")}, ValueError, "seed must be on the device of x, cpu, got meta"),
-        ({"normalize": "sum"}, ValueError, "normalize must be one of mask, expected, none, got 'sum'"),
-        ({"normalize": None}, ValueError, "normalize must be one of mask, expected, none, got None"),
+        ({"normalize": "sum"}, ValueError, "normalize must be 'expected' or 'mask' or 'none', got 'sum'"),
+        ({"normalize": None}, TypeError, "normalize must be .* got None of type NoneType"),
+        ({"share_c": 1}, TypeError, "share_c must be a bool, got 1 of type int"),
         ({"rank": -1}, ValueError, r"rank must be in \[0, 2\^32\), got -1"),
         ({"rank": 2**32}, ValueError, r"rank must be in \[0, 2\^32\), got 4294967296"),
         ({"rank": 1.0}, TypeError, "rank must be None or an int, got float"),
@@ -440,7 +411,8 @@ x = torch.randn(2, 3, 6, 7)
 first, second = (
     module.tiled_dropout(x, module.Atlas.of(0.3, 0.25, 2, 30.0, 0.2, 0.0, 6, 7), {SEED}) for module in modules
 )
-assert torch.equal(first, second) and 0 < (first == 0).sum() < x.numel()
+crossed = modules[0].tiled_dropout(x, modules[1].Atlas.of(0.3, 0.25, 2, 30.0, 0.2, 0.0, 6, 7), {SEED})
+assert torch.equal(first, second) and torch.equal(first, crossed) and 0 < (first == 0).sum() < x.numel()
 assert torch.ops.autodropout.tiled_apply.overloads() == ["default"]
 print("same")
 """
