@@ -64,7 +64,7 @@ def write_masked(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, droppe
 
 
 def is_finite(y: torch.Tensor) -> bool:
-    """Whether no cell of y, which is not empty, is NaN or infinite, by one read. False may also mean a sum's overflow."""
+    """Whether no cell of y (not empty) is NaN or infinite, by one read. False may also mean a sum that overflows."""
     if y.dtype == compute_type(y):
         return bool(y.sum().isfinite())
     # In 16 bits a sum overflows, and one in another dtype first converts all of y. Both ends are NaN if any cell is.
