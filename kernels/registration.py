@@ -20,7 +20,7 @@ def register_op(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    setup_context: Callable[..., None] | None = None,
+    setup_context: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
     tags: Sequence[torch.Tag] = (),
