@@ -83,17 +83,21 @@ def draw_kernel(
     channels,
     height,
     width,
-    rank,
+    rank,  # int32 with the bits of the uint32
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    plane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # There may be 2^31 planes and more. One division in 64 bits finds the sample of the first, 32 bits do for the rest.
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    plane = first + tl.arange(0, BLOCK)
     inside = plane < planes
-    sample = plane // channels
-    channel = plane - sample * channels
-    zero = plane * 0
-    rank_word = zero + rank.to(tl.uint32).to(tl.int32, bitcast=True)
-    w0, w1, _, _ = tl.philox(tl.load(seed_ptr), channel, zero, sample, rank_word)
+    first_sample = first // channels
+    channel = (first - first_sample * channels).to(tl.int32) + tl.arange(0, BLOCK)
+    samples_on = channel // channels
+    channel = channel - samples_on * channels
+    sample = first_sample.to(tl.int32) + samples_on
+    zero = channel * 0
+    w0, w1, _, _ = tl.philox(tl.load(seed_ptr), channel, zero, sample, zero + rank)
     start = _below(w1, zero + width) * (2 * height - 1) + height - 1 - _below(w0, zero + height)
     tl.store(starts_ptr + plane, start, mask=inside)
     if SCALE:
@@ -214,6 +218,7 @@ def draw(
         scale = torch.full((), fixed_scale(atlas, normalize), dtype=torch.float64, device=device)
     totals = torch.zeros(2, dtype=torch.int64, device=device)
     planes = n * channels
+    rank = rank - 2**32 if rank >= 2**31 else rank  # as an int64 it would compile the kernel anew
     draw_kernel[(triton.cdiv(planes, DRAW_BLOCK),)](
         seed, atlas.on(device).counts, starts, totals, scale, planes, channels, atlas.height, atlas.width, rank,
         SCALE=by_mask, BLOCK=DRAW_BLOCK,

@@ -225,13 +225,13 @@ def widths(accesses: Counter[str], kind: str, suffixes: dict[str, int], default:
     return dict(found)
 
 
-def offsets_of_activation(ttir: str) -> dict[str, list[str]]:
-    """The integer types of the offsets that are added to the pointers x_ptr and y_ptr, by pointer.
+def offsets_by_pointer(ttir: str, pointers: tuple[str, ...]) -> dict[str, list[str]]:
+    """The integer types of the offsets that are added to these pointers, by pointer.
 
     Looks for `%p = tt.addptr %base, %offset : tensor<...x!tt.ptr<...>>, tensor<...xi64>`, `%base` made of an argument.
     """
     sources = dict(re.findall(r"(%[\w#]+) = tt\.(?:splat|broadcast|expand_dims) (%[\w#]+)", ttir))
-    types: dict[str, list[str]] = {"x_ptr": [], "y_ptr": []}
+    types: dict[str, list[str]] = {pointer: [] for pointer in pointers}
     for base, offset in re.findall(r"tt\.addptr (%[\w#]+), .*x(i\d+)(?:, #\w+)?>", ttir):
         while base in sources:
             base = sources[base]
@@ -272,7 +272,7 @@ def compile_job(job: Job) -> dict[str, Any]:
         "tile": tile,
         "tile_bytes": tile * size,
         "threads": threads,
-        "offsets": offsets_of_activation(compiled.asm["ttir"]),
+        "offsets": offsets_by_pointer(compiled.asm["ttir"], ("starts_ptr",) if tile == 0 else ("x_ptr", "y_ptr")),
         "accesses": accesses_of_activation(compiled.asm["ttir"], dtype),
         **(describe_hip if target.startswith("gfx") else describe_cuda)(compiled),
     }
@@ -299,7 +299,7 @@ def keys() -> dict[str, Any]:
             for recorder in RECORDERS.values():
                 recorder.launches.clear()
             # Seeds are elements of a tensor, of which every other one is aligned to 16 bytes.
-            starts, scale = tiled_triton.draw(seeds[i], n, c, atlas, False, "mask", 7 * i)
+            starts, scale = tiled_triton.draw(seeds[i], n, c, atlas, False, "mask", 2**32 // 50 * i)
             starts.zero_()
             scale.fill_(i / 10)
             x = torch.randn(n, c, height, width, generator=generator).to(dtype)

@@ -105,6 +105,13 @@ def test_every_element_is_read_once_and_written_once(compiled: list[dict[str, An
         assert kernel["accesses"] == {"load": 1, "store": 1}, label(kernel)
 
 
+def test_more_than_2_31_planes_can_be_placed(compiled: list[dict[str, Any]]) -> None:
+    drawing = [kernel for kernel in compiled if kernel["kernel"] == "draw_kernel"]
+    assert len(drawing) == 4
+    for kernel in drawing:
+        assert kernel["offsets"] == {"starts_ptr": ["i64"]}, label(kernel)
+
+
 def test_large_activations_are_not_addressed_with_32_bits(compiled: list[dict[str, Any]]) -> None:
     """AMD's buffer instructions take 32-bit offsets: fit for less than 2^31 bytes, and only there."""
     amd = [kernel for kernel in of_the_activation(compiled) if kernel["target"] == "gfx942"]

@@ -25,6 +25,7 @@ from twins.golden import GOLDEN
 from twins.golden import GOLDEN_ROWS
 
 from autodropout import TiledPattern
+from autodropout.kernels import Atlas
 from autodropout.kernels import tiled_dropout
 
 RANDOM = random_cases(240, seed=20210, longest=64)
@@ -199,6 +200,21 @@ def cut_to_bfloat16(x: torch.Tensor, case: Case, normalize: str) -> torch.Tensor
     """What the interpreter makes of a bfloat16 result: it cuts off the bits that compiled code rounds."""
     product = expected_output(x.float(), case, normalize).float()
     return (product.view(torch.int32) & ~0xFFFF).view(torch.float32).double()
+
+
+@pytest.mark.parametrize("rank", [1, 2**31 - 1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize(("n", "c"), [(5, 700), (3000, 1), (1, 2500)])
+def test_triton_places_planes_of_many_programs_and_any_rank(n: int, c: int, rank: int) -> None:
+    """As the CPU does, where programs begin amid a sample, and with the rank's highest bit set."""
+    from autodropout.kernels import tiled_triton
+
+    atlas = Atlas.of(0.3, 0.25, 2, 30.0, 0.2, 0.0, 6, 7)
+    seed = torch.tensor(2**40 + 8)
+    expected = torch.ops.autodropout.tiled_draw(atlas.fields, seed, n, c, 6, 7, False, "mask", rank)
+    device = "cpu" if INTERPRETED else "cuda"
+    starts, scale = tiled_triton.draw(seed.to(device), n, c, atlas, False, "mask", rank)
+    assert torch.equal(starts.cpu(), expected[0])
+    assert torch.equal(scale.cpu(), expected[1])
 
 
 def test_enough_cases_go_through_the_triton_kernels() -> None:
