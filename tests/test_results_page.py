@@ -1,0 +1,50 @@
+"""The page of results: what it computes from known lines, and that the committed page is the one that is generated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from autodropout.reproduce.results_page import page
+from autodropout.reproduce.results_page import section
+
+ROOT = Path(__file__).parent.parent
+
+
+def line(method: str, seed: int, accuracy: float, phase: str = "final") -> str:
+    arguments = {"depth": 10, "width": 1, "train_images": 100, "evaluation_images": 797, "epochs": 3, "augment": "none"}
+    record = {
+        "experiment": "table2_cifar",
+        "preset": "demo",
+        "phase": phase,
+        "method": method,
+        "policy": None,
+        "strength": None if method == "none" else 0.1,
+        "seed": seed,
+        "accuracy": accuracy,
+        "arguments": arguments,
+        "data": {"title": "digits", "fingerprint": "0123456789abcdef"},
+        "seconds": 1.5,
+        "versions": {"torch": "2"},
+        "device": "cpu",
+        "threads": 1,
+        "commit": None,
+    }
+    return json.dumps(record)
+
+
+def test_section_pairs_by_seed(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    lines = [line("dropout", 1000, 0.1, "tune"), line("none", 0, 0.5), line("none", 1, 0.6)]
+    lines += [line("dropout", 1, 0.64), line("dropout", 0, 0.52)]
+    path.write_text("\n".join(lines) + "\n")
+    text = section(path)
+    # t(0.975, 1 degree of freedom) = 12.7062; none: sd 7.0711, so 12.7062 * 7.0711 / sqrt(2) = 63.53
+    assert "| none | – | 2 | 55.00 ± 63.53 | – |" in text
+    # Dropout: 52 and 64, sd 8.4853; differences 2 and 4, sd 1.4142
+    assert "| Dropout | 0.1 | 2 | 58.00 ± 76.24 | +3.00 ± 12.71 |" in text
+    assert "5 models in 8 s on cpu, 1 thread(s); commit unknown; data fingerprint 0123456789ab" in text
+
+
+def test_the_committed_page_is_generated() -> None:
+    assert (ROOT / "docs/results.md").read_text() == page(sorted((ROOT / "results").glob("*.jsonl")))
