@@ -71,3 +71,19 @@ register_op(
     lambda device: torch.empty((), dtype=torch.int64, device=device),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
+
+
+def _never_merge_draws() -> None:
+    """Tell PyTorch's common subexpression elimination that two draws are two.
+
+    New releases see that from the tag. Old ones (2.6 does) go by a list of their own, and two layers of a compiled model
+    would get the same seed.
+    """
+    from torch._functorch import compile_utils
+
+    random_ops = getattr(compile_utils, "rand_ops", None)
+    if isinstance(random_ops, list) and torch.ops.autodropout.draw_seed not in random_ops:
+        random_ops.append(torch.ops.autodropout.draw_seed)
+
+
+_never_merge_draws()
