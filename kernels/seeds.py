@@ -76,8 +76,8 @@ register_op(
 def _never_merge_draws() -> None:
     """Tell PyTorch's common subexpression elimination that two draws are two.
 
-    New releases see that from the tag. Old ones (2.6 does) go by a list of their own, and two layers of a compiled model
-    would get the same seed.
+    New releases see that from the tag. Old ones (2.6 does) go by a list of their own, and two layers of a compiled
+    model would get the same seed.
     """
     from torch._functorch import compile_utils
 
