@@ -9,6 +9,7 @@ import mask_contracts as contracts
 import numpy as np
 import pytest
 import torch
+from marks import dynamo_traces_gradients_of_ops
 from mask_contracts import DTYPES
 from mask_contracts import LAYOUTS
 from mask_contracts import SEED
@@ -178,6 +179,7 @@ class TestContracts:
     def test_functional_and_per_sample_gradients(self, shared: str) -> None:
         contracts.check_functional_gradients(call(shared), RATE)
 
+    @dynamo_traces_gradients_of_ops
     @pytest.mark.usefixtures("fresh_dynamo")
     def test_compiled_transformations(self, shared: str) -> None:
         contracts.check_compiled_transformations(call(shared), RATE)

@@ -9,6 +9,7 @@ from typing import Any
 import mask_contracts as contracts
 import pytest
 import torch
+from marks import dynamo_traces_gradients_of_ops
 from mask_contracts import DTYPES
 from mask_contracts import LAYOUTS
 from mask_contracts import SEED
@@ -214,6 +215,7 @@ class TestContracts:
     def test_functional_and_per_sample_gradients(self, share_c: bool) -> None:
         contracts.check_functional_gradients(call(share_c), FIELDS)
 
+    @dynamo_traces_gradients_of_ops
     @pytest.mark.usefixtures("fresh_dynamo")
     def test_compiled_transformations(self, share_c: bool) -> None:
         contracts.check_compiled_transformations(call(share_c), FIELDS)

@@ -14,6 +14,7 @@ from typing import Any
 import mask_contracts as contracts
 import pytest
 import torch
+from marks import dynamo_traces_gradients_of_ops
 from mask_contracts import DTYPES
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
@@ -280,6 +281,7 @@ def test_functional_and_per_sample_gradients(share_c: bool) -> None:
     contracts.check_functional_gradients(call(share_c, "expected"), FIELDS)
 
 
+@dynamo_traces_gradients_of_ops
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_transformations() -> None:
     contracts.check_compiled_transformations(call(), FIELDS)
