@@ -76,7 +76,7 @@ register_op(
 def _never_merge_draws() -> None:
     """Tell PyTorch's common subexpression elimination that two draws are two.
 
-    New releases see that from the tag. Old ones (2.6 does) go by a list of their own, and two layers of a compiled
+    Torch 2.14 sees that from the tag. Before (seen in 2.6) it goes by a list of its own, and two layers of a compiled
     model would get the same seed.
     """
     from torch._functorch import compile_utils
@@ -86,4 +86,6 @@ def _never_merge_draws() -> None:
         random_ops.append(torch.ops.autodropout.draw_seed)
 
 
-_never_merge_draws()
+# Not where it is not needed: there the import loads sympy and takes a quarter of a second.
+if torch.torch_version.TorchVersion(torch.__version__) < "2.14":
+    _never_merge_draws()
