@@ -1,18 +1,26 @@
-"""Philox4x32-10 (Salmon et al. 2011) in PyTorch integers, equal to `tl.philox` bit for bit on every device.
+"""Philox4x32-10 (Salmon et al. 2011) in int64, equal to `tl.philox` bit for bit on every device.
 
-A word is a uint32 held in an int64 tensor, because PyTorch has next to no arithmetic on uint32. An int64 product wraps
-like the unsigned one; the shift that follows is arithmetic and leaves sign bits above bit 31, which one mask per word
-removes.
+A word is a uint32 held in an int64, because PyTorch has next to no arithmetic on uint32. An int64 product wraps like
+the unsigned one; the shift that follows is arithmetic and leaves sign bits above bit 31, which one mask per word
+removes. On the CPU few words come from NumPy, whose operations cost a fifth of PyTorch's to begin.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import torch
 
 MASK32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+
+# Words for which NumPy is faster on two cores: 0.15 ms instead of 0.66 for 128, 0.5 instead of 0.9 for 16,384, more
+# than PyTorch on two threads from 32,768 on.
+FEW = 1 << 14
 
 Counter = torch.Tensor | int
 Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -30,11 +38,16 @@ def philox(c0: Counter, c1: Counter, c2: Counter, c3: Counter, seed: torch.Tenso
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2^32).
     """
+    counter = (c0, c1, c2, c3)
+    if seed.device.type == "cpu":
+        shape = torch.broadcast_shapes(*(word.shape for word in counter if isinstance(word, torch.Tensor)))
+        if math.prod(shape) <= FEW:
+            return _philox_of_few(counter, int(seed))
     k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(2):
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = _high(p1) ^ (c1 ^ k0), p1 & MASK32, _high(p0) ^ (c3 ^ k1), p0 & MASK32
+        counter = _round(counter, k0, k1)
         k0, k1 = (k0 + WEYL[0]) & MASK32, (k1 + WEYL[1]) & MASK32
+    c0, c1, c2, c3 = counter
     assert isinstance(c0, torch.Tensor)
     assert isinstance(c2, torch.Tensor)
 
@@ -58,7 +71,26 @@ def philox(c0: Counter, c1: Counter, c2: Counter, c3: Counter, seed: torch.Tenso
     return even0, odd1.bitwise_and_(MASK32), even2, odd3.bitwise_and_(MASK32)
 
 
-def _high(product: Counter) -> Counter:
+def _philox_of_few(counter: tuple[Counter, ...], seed: int) -> Words:
+    """The same for CPU tensors, out of place in NumPy."""
+    words: Any = tuple(word.numpy() if isinstance(word, torch.Tensor) else word for word in counter)
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
+    with np.errstate(over="ignore"):  # it warns of what wraps, but only where an array has no dimension
+        for _ in range(ROUNDS):
+            words = _round(words, k0, k1)
+            k0, k1 = (k0 + WEYL[0]) & MASK32, (k1 + WEYL[1]) & MASK32
+    w0, w1, w2, w3 = (torch.from_numpy(np.asarray(word, dtype=np.int64)) for word in words)
+    return w0, w1, w2, w3
+
+
+def _round(counter: Any, k0: Any, k1: Any) -> Any:
+    """One round on ints, tensors or arrays."""
+    c0, c1, c2, c3 = counter
+    p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+    return _high(p1) ^ (c1 ^ k0), p1 & MASK32, _high(p0) ^ (c3 ^ k1), p0 & MASK32
+
+
+def _high(product: Any) -> Any:
     return (product >> 32) & MASK32
 
 

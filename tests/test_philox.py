@@ -7,6 +7,7 @@ import pytest
 import torch
 from twins import philox_numpy as twin
 
+from autodropout.kernels import philox as kernels_philox
 from autodropout.kernels.philox import below
 from autodropout.kernels.philox import philox
 
@@ -23,10 +24,14 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("few", [kernels_philox.FEW, -1], ids=["NumPy", "PyTorch"])
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_words_equal_the_twin(seed: int, shapes: list[tuple[int, ...] | None]) -> None:
-    """Over the whole range of counter words, their largest value included."""
+def test_words_equal_the_twin(
+    seed: int, shapes: list[tuple[int, ...] | None], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the whole range of counter words, their largest value included, by both routes."""
+    monkeypatch.setattr(kernels_philox, "FEW", few)
     rng = np.random.default_rng(seed % 2**64)
     counters: list[np.ndarray | int] = []
     for shape in shapes:
