@@ -23,7 +23,8 @@ class Report:
             for _, shape, variant, medians in (row for row in self.rows if row[0] == what):
                 unit = medians["x * 2"]
                 ratios = [f"{name} {median / unit:.2f}" for name, median in medians.items() if name != "x * 2"]
-                lines.append(f"{shape:>15} {variant:>11}  {'  '.join(reversed(ratios))}  ({unit * 1e3:.1f} ms)")
+                label = f"{shape:>15} {variant}".rstrip()
+                lines.append(f"{label}  {'  '.join(reversed(ratios))}  ({unit * 1e3:.1f} ms)")
         return lines
 
 

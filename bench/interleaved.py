@@ -4,13 +4,15 @@ pytest-benchmark times one function at a time, minutes apart from the next. Here
 run of every peer, so that all see the same machine.
 
 And the same heap: whether a contender gets warm pages or faults new ones in depends on what its predecessor freed,
-which is worth a factor of four at 20 MB. So an untimed run of the unit, the first peer, goes before everything timed.
+which is worth a factor of four at 20 MB. So an untimed run of the unit, the first peer, goes before everything timed,
+and the peers change their order from round to round.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +26,15 @@ def interleaved(benchmark: Any, ours: Contender, peers: dict[str, Contender], ro
     """
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     unit = next(iter(peers.values()))
+    order = deque(peers)
 
     def run_peers() -> None:
-        for name, contender in peers.items():
+        for name in order:
             unit()
             begin = time.perf_counter()
-            contender()
+            peers[name]()
             seconds[name].append(time.perf_counter() - begin)
+        order.rotate()
         unit()
 
     benchmark.pedantic(ours, setup=run_peers, rounds=rounds, warmup_rounds=1)
