@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .patterns import BlockPattern
     from .patterns import Pattern
     from .patterns import TiledPattern
+    from .patterns import TokenPattern
     from .policy import Policy
     from .policy import Site
     from .policy import load_policy
@@ -30,6 +31,7 @@ __all__ = [
     "Policy",
     "Site",
     "TiledPattern",
+    "TokenPattern",
     "__version__",
     "apply_policy",
     "load_policy",
@@ -45,6 +47,7 @@ _HOMES = {
     "Policy": "policy",
     "Site": "policy",
     "TiledPattern": "patterns",
+    "TokenPattern": "patterns",
     "apply_policy": "apply",
     "load_policy": "policy",
     "pattern_dropout": "functional",

@@ -7,10 +7,12 @@ import torch
 from .kernels import bernoulli_dropout
 from .kernels import block_dropout
 from .kernels import tiled_dropout
+from .kernels import token_dropout
 from .patterns import BernoulliPattern
 from .patterns import BlockPattern
 from .patterns import Pattern
 from .patterns import TiledPattern
+from .patterns import TokenPattern
 
 
 def pattern_dropout(
@@ -20,6 +22,7 @@ def pattern_dropout(
     seed: int | torch.Tensor | None = None,
     normalize: str | None = None,
     rank: int | None = None,
+    layout: str = "NTC",
 ) -> torch.Tensor:
     """Drops what `pattern` says and scales the rest.
 
@@ -27,8 +30,8 @@ def pattern_dropout(
     `residual` flag of a tiled pattern means nothing here: it speaks of a second tensor, see `apply_policy`.
 
     Args:
-        x: activation (N, C, H, W), or any shape with the batch first for a `BernoulliPattern` that the op allows;
-            float64, float32, float16 or bfloat16.
+        x: activation (N, C, H, W), any shape with the batch first for a `BernoulliPattern` that the op allows, or one
+            of `layout` for a `TokenPattern`; float64, float32, float16 or bfloat16.
         pattern: what is dropped together.
         training: False returns x itself.
         seed: integer in [-2^63, 2^64), or a 0-d int64 tensor on x's device; None draws one from PyTorch's default
@@ -37,6 +40,8 @@ def pattern_dropout(
             scales nothing; None is the pattern's default (`"mask"`, the paper's, for tiled ones, else `"expected"`).
         rank: enters the random numbers so that ranks draw different masks; None is the global rank under
             `torch.distributed`, 0 otherwise.
+        layout: where a `TokenPattern` finds samples, tokens and channels in x: `"NTC"`, `"TNC"`, `"NHTD"` (queries,
+            keys or values by head) or `"NHQK"` (attention weights, a token being a key). Others do not read it.
 
     Returns:
         A tensor with x's shape, dtype and memory format.
@@ -56,16 +61,19 @@ def pattern_dropout(
         pattern.default_normalize if normalize is None else normalize,
         seed,
         rank,
+        layout,
     )
 
 
 def sharing(pattern: Pattern) -> str | bool:
-    """The one field of a pattern that a compiled graph is specialised on: what a decision is shared by."""
+    """What of a pattern a compiled graph is specialised on: what a decision is shared by; "t", "c", "tc" for tokens."""
     if isinstance(pattern, BernoulliPattern):
         return pattern.shared
     if isinstance(pattern, (TiledPattern, BlockPattern)):
         return pattern.share_c
-    raise TypeError(f"pattern must be a TiledPattern, BernoulliPattern or BlockPattern, got {pattern!r}")
+    if isinstance(pattern, TokenPattern):
+        return ("t" if pattern.share_t else "") + ("c" if pattern.share_c else "")
+    raise TypeError(f"pattern must be a TiledPattern, BernoulliPattern, BlockPattern or TokenPattern, got {pattern!r}")
 
 
 def dispatch(
@@ -76,12 +84,16 @@ def dispatch(
     normalize: str,
     seed: int | torch.Tensor | None = None,
     rank: int | None = None,
+    layout: str = "NTC",
 ) -> torch.Tensor:
     """Calls the op named `op` with a pattern taken apart: `fields` as of `Pattern.fields`, `shared` as of `sharing`."""
     if op == "tiled":
         y: torch.Tensor = tiled_dropout(x, fields, seed, share_c=bool(shared), normalize=normalize, rank=rank)
     elif op == "block":
         y = block_dropout(x, fields, seed, share_c=bool(shared), normalize=normalize, rank=rank)
+    elif op == "token":
+        share_t, share_c = "t" in str(shared), "c" in str(shared)
+        y = token_dropout(x, fields, seed, layout, share_t, share_c, normalize, rank)
     else:
         y = bernoulli_dropout(x, fields, seed, shared=str(shared), normalize=normalize, rank=rank)
     return y

@@ -18,6 +18,7 @@ from .patterns.checks import flag
 from .patterns.checks import real
 
 NORMALIZE = ("mask", "expected", "none")
+LAYOUTS = ("NTC", "TNC", "NHTD", "NHQK")
 
 
 class PatternDropout(nn.Module):
@@ -26,16 +27,18 @@ class PatternDropout(nn.Module):
     `module.pattern = p` may be set at any time, for example by a schedule; under `torch.compile` it never recompiles as
     long as the kind of pattern, its `share_c` (`shared`) and `normalize` stay the same.
 
-    Shape: (N, C, H, W), or any shape with the batch first for a `BernoulliPattern`; the output has the input's shape,
-    dtype and memory format.
+    Shape: (N, C, H, W), any shape with the batch first for a `BernoulliPattern`, or one of `layout` for a
+    `TokenPattern`; the output has the input's shape, dtype and memory format.
 
     Args:
         pattern: what is dropped together.
         normalize: `"mask"`, `"expected"` or `"none"`; None is the pattern's default.
+        layout: where a `TokenPattern` finds samples, tokens and channels: `"NTC"`, `"TNC"`, `"NHTD"` or `"NHQK"`, as in
+            `pattern_dropout`. Others do not read it.
 
     Raises:
-        TypeError: `pattern` is not a pattern, or `normalize` not a string.
-        ValueError: `normalize` is none of the above.
+        TypeError: `pattern` is not a pattern, or `normalize` or `layout` not a string.
+        ValueError: `normalize` or `layout` is none of the above.
     """
 
     # Plain attributes, no buffer: a buffer would follow the module to the GPU, and reading it costs a host sync. What
@@ -46,9 +49,10 @@ class PatternDropout(nn.Module):
     _shared: str | bool
     _default_normalize: str
 
-    def __init__(self, pattern: Pattern, normalize: str | None = None) -> None:
+    def __init__(self, pattern: Pattern, normalize: str | None = None, layout: str = "NTC") -> None:
         super().__init__()
         self.normalize = None if normalize is None else choice("normalize", normalize, NORMALIZE)
+        self.layout = choice("layout", layout, LAYOUTS)
         self.pattern = pattern
 
     @property
@@ -69,7 +73,7 @@ class PatternDropout(nn.Module):
         if not self.training:
             return x
         normalize = self._default_normalize if self.normalize is None else self.normalize
-        return dispatch(x, self._op, self._fields, self._shared, normalize)
+        return dispatch(x, self._op, self._fields, self._shared, normalize, layout=self.layout)
 
     def extra_repr(self) -> str:
         values = [
@@ -78,7 +82,8 @@ class PatternDropout(nn.Module):
             if getattr(self.pattern, field.name) != field.default
         ]
         normalize = "" if self.normalize is None else f", normalize={self.normalize!r}"
-        return f"{type(self.pattern).__name__}({', '.join(values)}){normalize}"
+        layout = "" if self.layout == "NTC" else f", layout={self.layout!r}"
+        return f"{type(self.pattern).__name__}({', '.join(values)}){normalize}{layout}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -14,10 +14,17 @@ if TYPE_CHECKING:
     from .bernoulli import bernoulli_dropout
     from .block import block_dropout
     from .tiled import tiled_dropout
+    from .token import token_dropout
 
-__all__ = ["Atlas", "bernoulli_dropout", "block_dropout", "tiled_dropout"]
+__all__ = ["Atlas", "bernoulli_dropout", "block_dropout", "tiled_dropout", "token_dropout"]
 
-_HOMES = {"Atlas": "atlas", "bernoulli_dropout": "bernoulli", "block_dropout": "block", "tiled_dropout": "tiled"}
+_HOMES = {
+    "Atlas": "atlas",
+    "bernoulli_dropout": "bernoulli",
+    "block_dropout": "block",
+    "tiled_dropout": "tiled",
+    "token_dropout": "token",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,5 +6,6 @@ from .base import Pattern
 from .bernoulli import BernoulliPattern
 from .block import BlockPattern
 from .tiled import TiledPattern
+from .token import TokenPattern
 
-__all__ = ["BernoulliPattern", "BlockPattern", "Pattern", "TiledPattern"]
+__all__ = ["BernoulliPattern", "BlockPattern", "Pattern", "TiledPattern", "TokenPattern"]
