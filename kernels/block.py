@@ -18,8 +18,10 @@ The bits (our choice, frozen by golden vectors in the tests):
 - Block j = 0..K-1 takes words `2 * (j mod 2)` and `2 * (j mod 2) + 1` of counter (channel, 1 + j div 2, n, rank):
   `top = (word * (H-b_h+1)) >> 32`, `left = (word' * (W-b_w+1)) >> 32`.
 
-One pass reads and writes x; the mask is drawn again in backward, never saved. This route draws corners into a map of
-bytes, dilates it, and works on slices of planes so that its temporaries stay within a few megabytes.
+One pass reads and writes x; the mask is drawn again in backward, never saved. On the GPU the kernels of
+block_triton.py run. On the CPU few blocks are written as zeros into the product, row by row. Many blocks, and any other
+device, take the route that draws corners into a map of bytes and dilates it, on slices of planes so that its
+temporaries stay within a few megabytes.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 from typing import NamedTuple
 
@@ -56,13 +59,16 @@ from .seeds import as_rank
 from .seeds import as_seed
 from .self_adjoint import register_self_adjoint
 
+# Looked up, not imported: Triton is only needed on a GPU, and does not exist on every system.
+HAS_TRITON = find_spec("triton") is not None
+
 FIELDS = ("rate", "block_size")
 MAX_RATE = 0.95
 MAX_BLOCK = 2**31 - 1
 
 # Work at a time: cells of a mask (a byte each, two copies), planes and blocks of a draw (48 bytes each in Philox).
 DILATED_CELLS = 1 << 21
-PLANES_AT_ONCE = 1 << 15
+PLANES_AT_ONCE = 1 << 17
 BLOCKS_AT_ONCE = 1 << 16
 
 # Below this expected number of dropped cells per cell, overlaps counted, blocks are written to the output one by one.
@@ -254,23 +260,29 @@ def _draw(
     sample = torch.arange(samples.start, samples.stop, device=device)[:, None]
     channel = torch.arange(channels.start, channels.stop, device=device)[None]
     thresholds = blocks.thresholds_on(device)
-    number = torch.searchsorted(thresholds, philox(channel, 0, sample, rank, seed)[0].reshape(-1), right=True)
+    word = philox(channel, 0, sample, rank, seed)[0].reshape(-1)
     if listed is None:
         listed = device.type == "cpu"
     if listed:
+        # Small maps have no block on most planes, and what follows costs as much as Philox for every plane.
+        plane = (word >= thresholds[0]).nonzero().reshape(-1)
+        number = torch.searchsorted(thresholds, word[plane], right=True)
         calls = (number + 1) >> 1
-        plane = torch.repeat_interleave(calls)
-        call = torch.arange(plane.shape[0]) - (calls.cumsum(0) - calls)[plane]
+        which = torch.repeat_interleave(calls)
+        call = torch.arange(which.shape[0]) - (calls.cumsum(0) - calls)[which]
+        plane, number = plane[which], number[which]
     else:
         most = (len(thresholds) + 1) // 2
-        plane = torch.arange(len(number), device=device).repeat_interleave(most, output_size=len(number) * most)
-        call = torch.arange(most, device=device).repeat(len(number))
+        planes = word.shape[0]
+        plane = torch.arange(planes, device=device).repeat_interleave(most, output_size=planes * most)
+        call = torch.arange(most, device=device).repeat(planes)
+        number = torch.searchsorted(thresholds, word, right=True)[plane]
     width = channels.stop - channels.start
     sample, channel = samples.start + plane // width, channels.start + plane % width
     words = philox(channel, 1 + call, sample, rank, seed)
     tops, lefts = blocks.positions
     pairs = Blocks(
-        torch.stack([2 * call + j < number[plane] for j in (0, 1)]),
+        torch.stack([2 * call + j < number for j in (0, 1)]),
         sample.expand(2, -1),
         channel.expand(2, -1),
         torch.stack([below(words[0], tops), below(words[2], tops)]),
@@ -324,6 +336,12 @@ def _scale(
         size = math.prod(shape)
         if size:
             blocks = geometry(rate, block_size, shape[2], shape[3])
+            if _triton_runs_on(seed.device):
+                from . import block_triton
+
+                n, c, height, width = shape
+                with torch.cuda.device(seed.device):  # Triton launches on the current device
+                    return block_triton.mask_scale((n, c, height, width), blocks, seed, share_c, rank)
             for _, part in _dropped(shape, blocks, seed, share_c, rank):
                 dropped += torch.count_nonzero(part)
         return scale_of_mask(size, size - dropped * (shape[1] if share_c else 1))
@@ -341,6 +359,11 @@ def _apply(
         return y
     H, W = x.shape[2:]
     blocks = geometry(rate, block_size, H, W)
+    if _triton_runs_on(x.device):
+        from . import block_triton
+
+        with torch.cuda.device(x.device):
+            return block_triton.apply(x, blocks, seed, scale, share_c, rank)
     if x.device.type == "cpu" and not share_c and float(blocks.mean) * math.prod(blocks.block) < SPARSE * H * W:
         _apply_sparse(y, x, blocks, seed, scale, rank)
     else:
@@ -352,19 +375,27 @@ def _apply(
 def _apply_sparse(
     y: torch.Tensor, x: torch.Tensor, blocks: Geometry, seed: torch.Tensor, scale: torch.Tensor, rank: int
 ) -> None:
-    """Few blocks, on the CPU: a product without a mask, then zeros written block by block, at their place in memory."""
+    """Few blocks, on the CPU: a product without a mask, then zeros written row by row of a block, where they lie.
+
+    A row of a block is an entry of an overlapping view, of its length and with its stride, that begins in every cell.
+    """
     write_product(y, x, scale.to(compute_type(x)))
     if not len(blocks.thresholds):
         return
-    memory = y.as_strided((y.numel(),), (1,))  # empty_like leaves no gaps, so every place is a cell
-    rows, columns = (torch.arange(side) for side in blocks.block)
-    inside = (rows[:, None] * y.stride(2) + columns * y.stride(3)).reshape(-1)
-    at_once = max(1, SLICE_CELLS // len(inside))
+    height, width = blocks.block
+    rows = torch.arange(height) * y.stride(2)
+    # empty_like leaves no gaps, so every place in memory is a cell.
+    runs = y.as_strided((y.numel() - (width - 1) * y.stride(3), width), (1, y.stride(3)))
+    at_once = max(1, SLICE_CELLS // height)
     for samples, *rest in boxes(x.shape[:2], blocks.planes_at_once(PLANES_AT_ONCE)):
         _, *place = _draw(blocks, samples, rest[0] if rest else slice(0, x.shape[1]), seed, rank)
         corner = sum((value * stride for value, stride in zip(place, y.stride(), strict=True)), torch.tensor(0))
         for first in range(0, len(corner), at_once):
-            memory.index_fill_(0, (corner[first : first + at_once, None] + inside).reshape(-1), 0.0)
+            runs.index_fill_(0, (corner[first : first + at_once, None] + rows).reshape(-1), 0.0)
+
+
+def _triton_runs_on(device: torch.device) -> bool:
+    return device.type == "cuda" and HAS_TRITON
 
 
 register_op(
