@@ -33,22 +33,23 @@ HALF = 1 << (FRACTION_BITS - 1)
 
 
 class Atlas:
-    """The atlas of one tiled pattern on an H x W map. Made by `Atlas.of`, which caches.
+    """The atlas of one tiled pattern on an H x W map, or on a sequence. Made by `of` and `of_sequence`, which cache.
 
     Attributes:
         fields: float64 tensor of 6 on the CPU: size, stride, repeat, rotate, shear_x, shear_y.
-        height, width: the map.
+        sides: (H, W) of a map, (L,) of a sequence.
+        height, width: the map; of a sequence 1 and L.
         dropped: bool array (2H-1, 2W-1), True where the plane is dropped at displacement (row - (H-1), column - (W-1)).
         counts: int64 array (H, W), dropped cells of the map when the centre is at (cy, cx).
         expected_rate: exact expected share of dropped cells, over the uniform placement.
     """
 
-    def __init__(self, values: tuple[float, ...], height: int, width: int) -> None:
+    def __init__(self, values: tuple[float, ...], sides: tuple[int, ...]) -> None:
         self.fields = torch.tensor(values, dtype=torch.float64, device="cpu")
-        self.height = height
-        self.width = width
-        self.dropped = _dropped(values, height, width)
-        self.counts = _window_sums(self.dropped, height, width)
+        self.sides = sides
+        self.height, self.width = sides if len(sides) == 2 else (1, *sides)
+        self.dropped = _dropped(values, *sides) if len(sides) == 2 else _dropped_of_sequence(values, *sides)
+        self.counts = _window_sums(self.dropped, self.height, self.width)
         self._on_device: dict[torch.device, DeviceTables] = {}
 
     @classmethod
@@ -68,7 +69,16 @@ class Atlas:
         Raises:
             ValueError: a field out of its range (the message names it), unlimited repeat without stride, an empty map.
         """
-        return _cached_atlas((size, stride, repeat, rotate, shear_x, shear_y), height, width)
+        return _cached_atlas((size, stride, repeat, rotate, shear_x, shear_y), (height, width))
+
+    @classmethod
+    def of_sequence(cls, size: float, stride: float, repeat: int, length: int) -> Atlas:
+        """The atlas of these fields on a sequence of so many positions: the map of one row on whose columns they tile.
+
+        Raises:
+            ValueError: as `of`.
+        """
+        return _cached_atlas((size, stride, repeat, 0.0, 0.0, 0.0), (length,))
 
     @property
     def expected_dropped(self) -> int:
@@ -138,14 +148,14 @@ class DeviceTables:
         self.fragments = torch.from_numpy(packed.copy()).to(device)
 
 
-def atlas_of(fields: torch.Tensor, height: int, width: int) -> Atlas:
-    """The atlas of a fields tensor, as the ops receive it.
+def atlas_of(fields: torch.Tensor, sides: Sequence[int]) -> Atlas:
+    """The atlas of a fields tensor, as the ops receive it, on a map (H, W) or a sequence (L,).
 
     Raises:
         TypeError, ValueError: fields is not a float64 tensor of 6 numbers on the CPU, or a number is out of its range.
     """
     check_atlas_fields(fields)
-    return _cached_atlas(tuple(fields.tolist()), height, width)
+    return _cached_atlas(tuple(fields.tolist()), tuple(sides))
 
 
 def check_atlas_fields(fields: torch.Tensor) -> None:
@@ -154,9 +164,10 @@ def check_atlas_fields(fields: torch.Tensor) -> None:
 
 
 @lru_cache(maxsize=CACHED)
-def _cached_atlas(values: tuple[float, ...], height: int, width: int) -> Atlas:
-    if height < 1 or width < 1:
-        raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+def _cached_atlas(values: tuple[float, ...], sides: tuple[int, ...]) -> Atlas:
+    if min(sides) < 1:
+        names = "height and width" if len(sides) == 2 else "length"
+        raise ValueError(f"{names} must be at least 1, got {' and '.join(map(str, sides))}")
     for name, value in zip(FIELDS, values, strict=True):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
@@ -167,7 +178,11 @@ def _cached_atlas(values: tuple[float, ...], height: int, width: int) -> Atlas:
         raise ValueError(f"repeat must be a whole number, got {values[2]}")
     if values[2] == 0 and values[1] == 0:
         raise ValueError("stride must be above 0 when repeat is 0 (unlimited): stride 0 would drop everything")
-    return Atlas(values, height, width)
+    if len(sides) == 1:
+        for name, value in zip(FIELDS[3:], values[3:], strict=True):
+            if value:
+                raise ValueError(f"{name} must be 0 on a sequence (N, C, L), which has one axis, got {value}")
+    return Atlas(values, sides)
 
 
 def _cells(size: float, stride: float, side: int) -> tuple[int, int]:
@@ -194,15 +209,25 @@ def _dropped(values: Sequence[float], height: int, width: int) -> npt.NDArray[np
     dy = np.arange(-(height - 1), height, dtype=np.int64)[:, None]
     dx = np.arange(-(width - 1), width, dtype=np.int64)[None, :]
 
-    def plane(a: int, b: int, tile: int, gap: int) -> npt.NDArray[np.bool_]:
-        """Dropped on one axis of the pattern plane, whose coordinate is a * dy + b * dx about the centre."""
-        period = tile + gap
-        extent = max(repeat, 1) * period - gap
-        u = (a * dy + b * dx + (extent - 1) * HALF + HALF) >> FRACTION_BITS
-        inside = u % period < tile
-        return inside if repeat == 0 else inside & (u >= 0) & (u < extent)
+    rows = _in_tiles(m00 * dy + m01 * dx, tile_h, gap_h, repeat)
+    return rows & _in_tiles(m10 * dy + m11 * dx, tile_w, gap_w, repeat)
 
-    return plane(m00, m01, tile_h, gap_h) & plane(m10, m11, tile_w, gap_w)
+
+def _dropped_of_sequence(values: Sequence[float], length: int) -> npt.NDArray[np.bool_]:
+    tile, gap = _cells(values[0], values[1], length)
+    displacements = np.arange(-(length - 1), length, dtype=np.int64)[None]
+    if tile == 0:
+        return np.zeros_like(displacements, dtype=np.bool_)
+    return _in_tiles(displacements << FRACTION_BITS, tile, gap, int(values[2]))
+
+
+def _in_tiles(place: npt.NDArray[np.int64], tile: int, gap: int, repeat: int) -> npt.NDArray[np.bool_]:
+    """Dropped on one axis of the pattern plane, at these fixed-point places relative to the centre."""
+    period = tile + gap
+    extent = max(repeat, 1) * period - gap
+    u = (place + (extent - 1) * HALF + HALF) >> FRACTION_BITS
+    inside = u % period < tile
+    return inside if repeat == 0 else inside & (u >= 0) & (u < extent)
 
 
 def _window_sums(dropped: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDArray[np.int64]:

@@ -1,10 +1,14 @@
-"""Tiled pattern dropout: the pattern of the paper on maps (N, C, H, W), as two ops.
+"""Tiled pattern dropout: the pattern of the paper on maps (N, C, H, W) and on sequences (N, C, L), as two ops.
 
 `tiled_draw` turns the seed into one placement per plane (per sample if channels share) and the scale: it reads no
 activation. `tiled_apply` multiplies an activation by the mask of these placements. It is linear and self-adjoint, so
 the same op is its own backward, and what is saved for it are the placements and the scale, 4 bytes a plane.
 
 Counter layout (Philox4x32-10): (channel or 0, 0, sample, rank); word 0 gives the row of the centre, word 1 its column.
+
+A sequence is a map with one axis (our definition, frozen by golden vectors): word 1 places the centre `cx` with n = L,
+word 0 is not used; position t is dropped when `u = t - cx + floor(extent / 2)` lies in a tile, with tile, gap, extent
+and unlimited repeat as for the columns of a map of width L. Turning and shearing need two axes and must be 0.
 
 Bytes moved per element: one read and one write of the activation. On the GPU the kernels of tiled_triton.py run; on
 the CPU the mask of a plane is one row of a small table (`Atlas.kept_flat`), gathered straight into the output and
@@ -13,7 +17,9 @@ multiplied there; any other device takes the plain PyTorch twin below.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -22,9 +28,9 @@ from .atlas import Atlas
 from .atlas import atlas_of
 from .atlas import check_atlas_fields
 from .checks import NORMALIZE
+from .checks import check_activation
 from .checks import check_choice
 from .checks import check_flag
-from .checks import check_maps
 from .masking import compute_type
 from .masking import is_finite
 from .masking import scale_of_mask
@@ -59,9 +65,10 @@ def tiled_dropout(
     """Drops the tiles of a pattern, placed at random, and scales the rest: `x * mask * scale` (Pham & Le 2021).
 
     Args:
-        x: (N, C, H, W), float64, float32, float16 or bfloat16.
-        atlas: the pattern on maps of H x W, from `TiledPattern.atlas` or `Atlas.of`; or its fields as a float64 CPU
-            tensor (size, stride, repeat, rotate, shear_x, shear_y), whose values may change without recompilation.
+        x: (N, C, H, W) or (N, C, L), float64, float32, float16 or bfloat16.
+        atlas: the pattern on maps of H x W or sequences of L, from `TiledPattern.atlas`, `Atlas.of` or
+            `Atlas.of_sequence`; or its fields as a float64 CPU tensor (size, stride, repeat, rotate, shear_x,
+            shear_y), whose values may change without recompilation.
         seed: None (one is drawn from PyTorch's generator), an int in [-2^63, 2^64), or a 0-d int64 tensor
             on x's device.
         share_c: one placement per sample instead of one per sample and channel.
@@ -76,23 +83,29 @@ def tiled_dropout(
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
     """
-    check_maps(x)
+    check_activation(x)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W) or 3 (N, C, L), got shape {tuple(x.shape)}")
     check_choice("normalize", normalize, NORMALIZE)
     check_flag("share_c", share_c)
-    n, c, h, w = x.shape
+    n, c, *sides = x.shape
     if isinstance(atlas, torch.Tensor):
         fields = atlas
     # Not by its class: imported as `kernels` and as `autodropout.kernels`, this folder has two of that name.
-    elif all(hasattr(atlas, name) for name in ("fields", "height", "width")):
-        if (atlas.height, atlas.width) != (h, w):
-            raise ValueError(f"atlas must be of x's map {h}x{w}, got one of {atlas.height}x{atlas.width}")
+    elif all(hasattr(atlas, name) for name in ("fields", "sides")):
+        if atlas.sides != tuple(sides):
+            raise ValueError(f"atlas must be of x's {_stated(sides)}, got one of a {_stated(atlas.sides)}")
         fields = atlas.fields
     else:
         raise TypeError(f"atlas must be an Atlas or a tensor of fields, got {type(atlas).__name__}")
     check_atlas_fields(fields)
     seed, rank = as_seed(seed, x.device), as_rank(rank)
-    starts, scale = torch.ops.autodropout.tiled_draw(fields, seed, n, c, h, w, share_c, normalize, rank)
+    starts, scale = torch.ops.autodropout.tiled_draw(fields, seed, n, c, sides, share_c, normalize, rank)
     return _differentiable(x, fields, starts, scale)
+
+
+def _stated(sides: Sequence[int]) -> str:
+    return f"map {sides[0]}x{sides[1]}" if len(sides) == 2 else f"sequence of {sides[0]}"
 
 
 # ---- draw: placements and scale ------------------------------------------------------------------------------------
@@ -103,17 +116,17 @@ def _draw(
     seed: torch.Tensor,
     n: int,
     c: int,
-    h: int,
-    w: int,
+    sides: Sequence[int],
     share_c: bool,
     normalize: str,
     rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     planes = 1 if share_c else c
-    if n * planes * h * w == 0:
+    if n * planes * math.prod(sides) == 0:
         starts = torch.zeros((n, planes), dtype=torch.int32, device=seed.device)
         return starts, torch.ones((), dtype=torch.float64, device=seed.device)
-    atlas = atlas_of(fields, h, w)
+    atlas = atlas_of(fields, sides)
+    h, w = atlas.height, atlas.width
     if _triton_runs_on(seed.device):
         from . import tiled_triton
 
@@ -158,7 +171,13 @@ def fixed_scale(atlas: Atlas, normalize: str) -> float:
 def _apply(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
-    atlas = atlas_of(fields, x.shape[2], x.shape[3])
+    atlas = atlas_of(fields, x.shape[2:])
+    if x.dim() == 3:
+        return _apply_on_maps(x.unsqueeze(2), atlas, starts, scale).squeeze(2)
+    return _apply_on_maps(x, atlas, starts, scale)
+
+
+def _apply_on_maps(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if _triton_runs_on(x.device):
         from . import tiled_triton
 
@@ -261,8 +280,7 @@ def _draw_fake(
     seed: torch.Tensor,
     n: int,
     c: int,
-    h: int,
-    w: int,
+    sides: Sequence[int],
     share_c: bool,
     normalize: str,
     rank: int,
@@ -279,7 +297,7 @@ def _over_batch(
 
 
 register_op(
-    "tiled_draw(Tensor fields, Tensor seed, SymInt n, SymInt c, SymInt h, SymInt w, bool share_c, str normalize, "
+    "tiled_draw(Tensor fields, Tensor seed, SymInt n, SymInt c, SymInt[] sides, bool share_c, str normalize, "
     "SymInt rank) -> (Tensor, Tensor)",
     _draw,
     _draw_fake,

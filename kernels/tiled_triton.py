@@ -251,7 +251,7 @@ def _apply_contiguous(
     apply_kernel[(triton.cdiv(n * c, planes_of_tile) * fragment_blocks,)](
         x, y, starts, tables.fragments, scale, n * c, c // starts.shape[1], height, width // grain, fragment_blocks,
         tables.pitch, tables.step, tables.start_step,
-        GRAIN=grain, CELLS_GRAIN=_grain(height * width), ROWS=tables.rows > 1,
+        GRAIN=grain, CELLS_GRAIN=_grain(height * width), ROWS=tables.start_step == 0,
         PLANES=planes_of_tile, FRAGMENTS=fragments_of_tile, num_warps=WARPS,
     )  # fmt: skip
 
@@ -269,7 +269,7 @@ def _apply_channels_last(
     apply_channels_last_kernel[(n * fragment_blocks * channel_blocks,)](
         x, y, starts, tables.fragments, scale, c // grain, starts.shape[1], height, width, fragment_blocks,
         channel_blocks, tables.pitch, tables.step, tables.start_step,
-        CHANNELS_GRAIN=grain, ROWS=tables.rows > 1,
+        CHANNELS_GRAIN=grain, ROWS=tables.start_step == 0,
         FRAGMENTS=fragments_of_tile, CHANNELS=channels_of_tile, num_warps=WARPS,
     )  # fmt: skip
 

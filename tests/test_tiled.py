@@ -58,7 +58,7 @@ def call(share_c: bool = False, normalize: str = "mask") -> contracts.Call:
 
 
 def drawn(shape: tuple[int, ...], share_c: bool, normalize: str = "mask") -> tuple[torch.Tensor, torch.Tensor]:
-    starts, scale = OPS.tiled_draw(FIELDS, torch.tensor(SEED), *shape, share_c, normalize, 0)
+    starts, scale = OPS.tiled_draw(FIELDS, torch.tensor(SEED), *shape[:2], shape[2:], share_c, normalize, 0)
     return starts, scale
 
 
@@ -76,7 +76,7 @@ def test_opcheck_of_apply(dtype: torch.dtype, layout: str, share_c: bool) -> Non
 @pytest.mark.parametrize("share_c", [False, True])
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_opcheck_of_draw(normalize: str, share_c: bool) -> None:
-    arguments = (FIELDS, torch.tensor(SEED), 3, 5, 6, 7, share_c, normalize, 3)
+    arguments = (FIELDS, torch.tensor(SEED), 3, 5, [6, 7], share_c, normalize, 3)
     torch.library.opcheck(OPS.tiled_draw.default, arguments)
 
 
@@ -348,8 +348,8 @@ def fields(**changes: float) -> torch.Tensor:
         ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
         ({"x": torch.ones(2, 3, 6, 7, dtype=torch.int64)}, TypeError, "x must be float64, .* got torch.int64"),
         ({"x": torch.ones(2, 3, 6, 7, dtype=torch.complex64)}, TypeError, "x must be float64, .* got torch.complex64"),
-        ({"x": torch.ones(3, 6, 7)}, ValueError, r"x must have 4 dimensions \(N, C, H, W\), got shape \(3, 6, 7\)"),
-        ({"x": torch.ones(2, 3, 7, 6)}, ValueError, "atlas must be of x's map 7x6, got one of 6x7"),
+        ({"x": torch.ones(6, 7)}, ValueError, r"x must have 4 dimensions \(N, C, H, W\) or 3 \(N, C, L\), got shape \(6, 7\)"),
+        ({"x": torch.ones(2, 3, 7, 6)}, ValueError, "atlas must be of x's map 7x6, got one of a map 6x7"),
         ({"atlas": PATTERN}, TypeError, "atlas must be an Atlas or a tensor of fields, got TiledPattern"),
         ({"atlas": 0.3}, TypeError, "atlas must be an Atlas or a tensor of fields, got float"),
         ({"atlas": fields().float()}, ValueError, r"atlas must be an Atlas or a float64 CPU tensor .*torch.float32"),

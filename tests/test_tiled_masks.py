@@ -210,7 +210,7 @@ def test_triton_places_planes_of_many_programs_and_any_rank(n: int, c: int, rank
 
     atlas = Atlas.of(0.3, 0.25, 2, 30.0, 0.2, 0.0, 6, 7)
     seed = torch.tensor(2**40 + 8)
-    expected = torch.ops.autodropout.tiled_draw(atlas.fields, seed, n, c, 6, 7, False, "mask", rank)
+    expected = torch.ops.autodropout.tiled_draw(atlas.fields, seed, n, c, [6, 7], False, "mask", rank)
     device = "cpu" if INTERPRETED else "cuda"
     starts, scale = tiled_triton.draw(seed.to(device), n, c, atlas, False, "mask", rank)
     assert torch.equal(starts.cpu(), expected[0])

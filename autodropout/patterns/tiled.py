@@ -76,17 +76,27 @@ class TiledPattern(Pattern):
             residual=flag("residual", self.residual),
         )
 
-    def atlas(self, height: int, width: int) -> Atlas:
-        """The geometry of the pattern on a map of height x width cells: all that the op needs of it. Cached."""
-        from ..kernels.atlas import Atlas
+    def atlas(self, *sides: int) -> Atlas:
+        """The geometry of the pattern on a map or a sequence: all that the op needs of it. Cached.
 
-        height, width = integer("height", height, 1, 2**31 - 1), integer("width", width, 1, 2**31 - 1)
-        geometry = (self.size, self.stride, self.repeat, self.rotate, self.shear_x, self.shear_y)
-        return Atlas.of(*geometry, height, width)
+        Args:
+            sides: (height, width) of a map, or (length,) of a sequence, in cells.
 
-    def expected_rate(self, height: int, width: int) -> float:
-        """The exact expected share of dropped cells: the mean over all height * width placements."""
-        rate: float = self.atlas(height, width).expected_rate
+        Raises:
+            TypeError, ValueError: a side is not a whole number >= 1, or there are not one or two of them; on a
+                sequence also a pattern that is turned or sheared.
+        """
+        from ..kernels.atlas import atlas_of
+
+        if len(sides) not in (1, 2):
+            raise TypeError(f"sides must be (height, width) or (length,), got {sides!r}")
+        names = ("height", "width") if len(sides) == 2 else ("length",)
+        checked = [integer(name, side, 1, 2**31 - 1) for name, side in zip(names, sides, strict=True)]
+        return atlas_of(self.fields(), checked)
+
+    def expected_rate(self, *sides: int) -> float:
+        """The exact expected share of dropped cells on a map or a sequence of these sides, over all placements."""
+        rate: float = self.atlas(*sides).expected_rate
         return rate
 
     def scaled(self, factor: float) -> TiledPattern:
@@ -96,6 +106,6 @@ class TiledPattern(Pattern):
     def _drop(self, x: torch.Tensor, seed: int | torch.Tensor, rank: int) -> torch.Tensor:
         from ..kernels import tiled_dropout
 
-        atlas = self.atlas(x.shape[2], x.shape[3])
+        atlas = self.atlas(*x.shape[2:])
         y: torch.Tensor = tiled_dropout(x, atlas, seed, share_c=self.share_c, normalize="none", rank=rank)
         return y
