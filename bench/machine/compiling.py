@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ from .control_flow import Loop
 from .control_flow import Segment
 from .control_flow import segments
 from .recording import Launch
+
+# Triton 3.9 says in every process that a later one will fuse products and sums only on request.
+warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION is unset")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
