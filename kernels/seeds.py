@@ -26,7 +26,7 @@ def as_seed(seed: Seed, device: torch.device) -> torch.Tensor:
         ValueError: an integer out of range, or a tensor of another shape or on another device.
     """
     if seed is None:
-        drawn: torch.Tensor = torch.ops.autodropout.draw_seed(device)
+        drawn: torch.Tensor = torch.ops.autodropout.draw_seed(device=device)
         return drawn
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64:
@@ -60,15 +60,16 @@ def as_rank(rank: int | None) -> int:
     return rank
 
 
-def _draw_seed(device: torch.device) -> torch.Tensor:
+def _draw_seed(*, device: torch.device) -> torch.Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 # An op of its own: Inductor replaces `randint` by a generator of its own, and eager and compiled code would differ.
+# The device by keyword: where compiled code draws again for a checkpoint, torch 2.6 looks for it there alone.
 register_op(
-    "draw_seed(Device device) -> Tensor",
+    "draw_seed(*, Device device) -> Tensor",
     _draw_seed,
-    lambda device: torch.empty((), dtype=torch.int64, device=device),
+    lambda *, device: torch.empty((), dtype=torch.int64, device=device),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 

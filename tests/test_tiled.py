@@ -81,7 +81,7 @@ def test_opcheck_of_draw(normalize: str, share_c: bool) -> None:
 
 
 def test_opcheck_of_draw_seed() -> None:
-    torch.library.opcheck(OPS.draw_seed.default, (torch.device("cpu"),))
+    torch.library.opcheck(OPS.draw_seed.default, (), {"device": torch.device("cpu")})
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
