@@ -65,7 +65,7 @@ def pattern_dropout(
     )
 
 
-def sharing(pattern: Pattern) -> str | bool:
+def sharing(pattern: Pattern) -> str | bool | tuple[int, ...]:
     """What of a pattern a compiled graph is specialised on: what a decision is shared by; "t", "c", "tc" for tokens."""
     if isinstance(pattern, BernoulliPattern):
         return pattern.shared
@@ -80,7 +80,7 @@ def dispatch(
     x: torch.Tensor,
     op: str,
     fields: torch.Tensor,
-    shared: str | bool,
+    shared: str | bool | tuple[int, ...],
     normalize: str,
     seed: int | torch.Tensor | None = None,
     rank: int | None = None,
@@ -95,5 +95,6 @@ def dispatch(
         share_t, share_c = "t" in str(shared), "c" in str(shared)
         y = token_dropout(x, fields, seed, layout, share_t, share_c, normalize, rank)
     else:
-        y = bernoulli_dropout(x, fields, seed, shared=str(shared), normalize=normalize, rank=rank)
+        dims = shared if isinstance(shared, tuple) else str(shared)
+        y = bernoulli_dropout(x, fields, seed, shared=dims, normalize=normalize, rank=rank)
     return y

@@ -46,7 +46,7 @@ class PatternDropout(nn.Module):
     _pattern: Pattern
     _fields: torch.Tensor
     _op: str
-    _shared: str | bool
+    _shared: str | bool | tuple[int, ...]
     _default_normalize: str
 
     def __init__(self, pattern: Pattern, normalize: str | None = None, layout: str = "NTC") -> None:
@@ -91,22 +91,96 @@ class PatternDropout(nn.Module):
         self.pattern = self._pattern
 
 
-class SpatialDropout2d(PatternDropout):
-    """Drops whole channels of x (N, C, H, W) with probability `p`, scaled by 1 / (1 - p); as `torch.nn.Dropout2d`.
+class _Dropout(PatternDropout):
+    """What the classical kinds have in common: a probability `p`, the scale 1 / (1 - p), and the dimensions of x."""
 
-    Raises:
-        TypeError, ValueError: `p` is not a number in [0, 1].
-    """
+    _dims: tuple[str, ...] | None = None  # None allows any shape
+    _shares: str | tuple[int, ...] = "none"
 
     def __init__(self, p: float = 0.5) -> None:
-        super().__init__(BernoulliPattern(rate=real("p", p, 0.0, 1.0), shared="map"))
+        super().__init__(BernoulliPattern(rate=real("p", p, 0.0, 1.0), shared=self._shares))
 
     @property
     def p(self) -> float:
         return _rate(self)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self._dims is not None and x.dim() != len(self._dims):
+            raise ValueError(f"x must be ({', '.join(self._dims)}), got shape {tuple(x.shape)}")
+        return super().forward(x)
+
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class Dropout(_Dropout):
+    """Drops single cells of x (batch first, any shape) with probability `p`, scaled by 1 / (1 - p); as
+    `torch.nn.Dropout`, but with bits that are the same on every device, and no mask kept for backward.
+
+    Raises:
+        TypeError, ValueError: `p` is not a number in [0, 1].
+    """
+
+
+class SpatialDropout1d(_Dropout):
+    """Drops whole channels of x (N, C, L) with probability `p`, scaled by 1 / (1 - p); as `torch.nn.Dropout1d`.
+
+    Keras' `SpatialDropout1D` takes (N, L, C): that is `VariationalDropout` here.
+
+    Raises:
+        TypeError, ValueError: `p` is not a number in [0, 1]; x is not (N, C, L).
+    """
+
+    _dims = ("N", "C", "L")
+    _shares = "map"
+
+
+class SpatialDropout2d(_Dropout):
+    """Drops whole channels of x (N, C, H, W) with probability `p`, scaled by 1 / (1 - p); as `torch.nn.Dropout2d`.
+
+    Raises:
+        TypeError, ValueError: `p` is not a number in [0, 1]; x is not (N, C, H, W).
+    """
+
+    _dims = ("N", "C", "H", "W")
+    _shares = "map"
+
+
+class SpatialDropout3d(_Dropout):
+    """Drops whole channels of x (N, C, D, H, W) with probability `p`, scaled by 1 / (1 - p); as `torch.nn.Dropout3d`.
+
+    Raises:
+        TypeError, ValueError: `p` is not a number in [0, 1]; x is not (N, C, D, H, W).
+    """
+
+    _dims = ("N", "C", "D", "H", "W")
+    _shares = "map"
+
+
+class WordDropout(_Dropout):
+    """Drops whole tokens of x (N, T, C) with probability `p`, scaled by 1 / (1 - p): the embedding of a place in the
+    sequence is there or not (Iyyer et al. 2015). PyTorch has none; it is `torch.nn.Dropout1d`, which drops rows.
+
+    Raises:
+        TypeError, ValueError: `p` is not a number in [0, 1]; x is not (N, T, C).
+    """
+
+    _dims = ("N", "T", "C")
+    _shares = (2,)
+
+
+class VariationalDropout(_Dropout):
+    """Drops channels of x (N, T, C) with probability `p`, the same at every token of a sequence, scaled by 1 / (1 - p):
+    locked dropout (Gal & Ghahramani 2016). PyTorch has none; it is `torch.nn.Dropout1d` on x transposed to (N, C, T).
+
+    For x (T, N, C), as recurrent layers have it, use `PatternDropout(BernoulliPattern(p, shared=(0,)))`.
+
+    Raises:
+        TypeError, ValueError: `p` is not a number in [0, 1]; x is not (N, T, C).
+    """
+
+    _dims = ("N", "T", "C")
+    _shares = (1,)
 
 
 class DropPath(PatternDropout):

@@ -19,6 +19,12 @@ from twins import bernoulli_numpy as twin
 from autodropout.kernels import bernoulli_dropout
 
 SHARED = ("none", "map", "sample")
+# Of a shape with so many dimensions, the sets that have no name; 4 are enough for every way in which they can lie.
+UNNAMED = {
+    2: [(0,), (1,), (0, 1)],
+    3: [(0,), (1,), (2,), (0, 2), (0, 1, 2)],
+    4: [(1,), (2,), (3,), (0, 2), (1, 3), (0, 1, 2)],
+}
 RATE = torch.tensor([0.4], dtype=torch.float64)
 
 # Frozen: shape (2, 6, 3, 3), rate .5, seed 2^40 + 8, rank 3; `#` dropped.
@@ -30,6 +36,13 @@ GOLDEN_CELLS = (
 GOLDEN_CHANNELS = ".#.#.#... ........# ...##..## ###.....#"
 # Frozen: shape (24, 1), same seed and rank.
 GOLDEN_SAMPLES = "...#.#.#...##.....##...."
+# Frozen: shape (2, 4, 9), same seed and rank, by shared dimensions: a row a token of sample 0, then of sample 1.
+GOLDEN_SHARED = {
+    (2,): "......... ######### ......... ######### ......... ......... ......... .........",
+    (1,): ".#.#.#... .#.#.#... .#.#.#... .#.#.#... ........# ........# ........# ........#",
+    (0,): ".#.#.#... ..#...##. ####..##. #.##..#.. .#.#.#... ..#...##. ####..##. #.##..#..",
+    (0, 2): "......... ######### ......... ######### ......... ######### ......... #########",
+}
 
 
 def drawn(dropped: torch.Tensor) -> str:
@@ -37,7 +50,7 @@ def drawn(dropped: torch.Tensor) -> str:
     return " ".join("".join(".#"[int(cell)] for cell in row) for row in dropped)
 
 
-def call(shared: str, normalize: str = "expected") -> Any:
+def call(shared: Any, normalize: str = "expected") -> Any:
     return lambda x, fields, seed: bernoulli_dropout(x, fields, seed, shared, normalize)
 
 
@@ -46,6 +59,34 @@ def test_golden_vectors() -> None:
     assert tuple(drawn(sample.reshape(6, 9)) for sample in cells) == GOLDEN_CELLS
     assert drawn(bernoulli_dropout(torch.ones(4, 9), 0.5, SEED, "map", rank=3) == 0) == GOLDEN_CHANNELS
     assert drawn(bernoulli_dropout(torch.ones(24, 1), 0.5, SEED, "sample", rank=3).T == 0) == GOLDEN_SAMPLES
+
+
+@pytest.mark.parametrize("shared", GOLDEN_SHARED, ids=repr)
+def test_golden_vectors_of_shared_dimensions(shared: tuple[int, ...]) -> None:
+    dropped = bernoulli_dropout(torch.ones(2, 4, 9), 0.5, SEED, shared, rank=3) == 0
+    assert drawn(dropped.flatten(0, 1)) == GOLDEN_SHARED[shared]
+
+
+def test_names_are_sets_of_dimensions() -> None:
+    for shape in ((5, 7), (5, 3, 7), (3, 4, 3, 2), (2, 3, 2, 3, 2)):
+        for shared, dims in (("none", ()), ("map", range(2, len(shape))), ("sample", range(1, len(shape)))):
+            x = torch.ones(shape)
+            expected = bernoulli_dropout(x, 0.5, SEED, shared, rank=3)
+            assert torch.equal(bernoulli_dropout(x, 0.5, SEED, tuple(dims), rank=3), expected)
+            assert torch.equal(bernoulli_dropout(x, 0.5, SEED, [*dims][::-1], rank=3), expected)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (3, 5, 7), (3, 2, 4, 3)], ids=repr)
+def test_shared_dimensions_equal_the_naive_twin(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    for i, shared in enumerate(UNNAMED[len(shape)]):
+        rate, rank = 0.3 + i / 10, i
+        kept = twin.kept(shape, rate, SEED + i, shared, rank)
+        for normalize in ("expected", "mask", "none"):
+            scale = twin.scale(kept, rate, normalize)
+            for dtype in DTYPES:
+                y = bernoulli_dropout(x.to(dtype), rate, SEED + i, shared, normalize, rank)
+                contracts.check_values(x.to(dtype), y, torch.from_numpy(kept), scale)
 
 
 @pytest.mark.parametrize("normalize", ["expected", "mask", "none"])
@@ -67,8 +108,8 @@ def test_one_dimension_is_a_batch_of_single_cells() -> None:
     assert torch.equal(bernoulli_dropout(torch.ones(9), 0.5, SEED, "sample", "none") != 0, kept)
 
 
-@pytest.mark.parametrize("shared", SHARED)
-def test_slices_do_not_show(shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [*SHARED, (1,), (0,), (1, 3)])
+def test_slices_do_not_show(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The work is cut at other places: between samples, channels, rows, and at indices that are no multiples of 4."""
     from autodropout.kernels import bernoulli
 
@@ -141,7 +182,7 @@ def test_the_scale_of_the_mask_is_one_rounded_quotient() -> None:
         fields = torch.tensor([rate], dtype=torch.float64)
         for shape in ((3, 7, 5, 5), (49, 3)):
             kept = twin.kept(shape, float(rate), SEED, "none", 0)
-            scale = ops.autodropout.bernoulli_scale(fields, torch.tensor(SEED), shape, "none", "mask", 0)
+            scale = ops.autodropout.bernoulli_scale(fields, torch.tensor(SEED), shape, 0, "mask", 0)
             assert scale.dtype == torch.float64
             assert scale.item() == kept.size / int(kept.sum())
 
@@ -204,6 +245,18 @@ class TestContracts:
             assert peak - x.nbytes <= 12 * 2**20
 
 
+def test_contracts_of_shared_dimensions() -> None:
+    """Those that touch how dimensions reach the op; the names go through all of them above."""
+    shared: Any = (0, 2)
+    contracts.check_memory_format(call(shared), RATE)
+    contracts.check_non_finite(call(shared), torch.tensor([0.7], dtype=torch.float64), torch.float32)
+    contracts.check_gradients(call(shared, "mask"), RATE)
+    contracts.check_forward_mode(call(shared, "mask"), RATE)
+    contracts.check_functional_gradients(call((1,)), RATE)
+    assert contracts.saved_bytes(call(shared, "mask"), RATE) == 3 * 8
+    contracts.check_opcheck(call(shared, "mask"), RATE, "sliced")
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_equals_eager(layout: str) -> None:
@@ -211,8 +264,8 @@ def test_compiled_equals_eager(layout: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("shared", ["map", "sample"])
-def test_compiled_equals_eager_when_shared(shared: str) -> None:
+@pytest.mark.parametrize("shared", ["map", "sample", (1,)])
+def test_compiled_equals_eager_when_shared(shared: Any) -> None:
     contracts.check_compiled_equals_eager(call(shared), RATE, "channels_last")
 
 
@@ -255,6 +308,12 @@ def test_vmap_gives_every_element_the_mask_of_its_own_call() -> None:
         ({"fields": torch.ones(2, dtype=torch.float64)}, ValueError, r"fields must be .* shape \(2,\)"),
         ({"shared": "channel"}, ValueError, "shared must be 'none' or 'map' or 'sample', got 'channel'"),
         ({"shared": None}, TypeError, "shared must be .* got None of type NoneType"),
+        ({"shared": (2,)}, ValueError, r"shared must hold different dimensions in \[0, 2\), got \(2,\)"),
+        ({"shared": [1, 1]}, ValueError, r"shared must hold different dimensions in \[0, 2\), got \[1, 1\]"),
+        ({"shared": (-1,)}, ValueError, r"shared must hold different dimensions in \[0, 2\), got \(-1,\)"),
+        ({"shared": (True,)}, TypeError, "shared must hold integers, got True of type bool"),
+        ({"shared": ("map",)}, TypeError, "shared must hold integers, got 'map' of type str"),
+        ({"shared": (), "x": torch.ones(())}, ValueError, r"x must have at least 1 dimensions, got shape \(\)"),
         ({"normalize": "sum"}, ValueError, "normalize must be 'expected' or 'mask' or 'none', got 'sum'"),
         ({"seed": 2**64}, ValueError, r"seed must be in \[-2\^63, 2\^64\), got"),
         ({"rank": -1}, ValueError, r"rank must be in \[0, 2\^32\), got -1"),

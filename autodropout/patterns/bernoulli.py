@@ -1,4 +1,4 @@
-"""Independent decisions: Dropout, SpatialDropout and DropPath are one pattern."""
+"""Independent decisions: Dropout, SpatialDropout, DropPath, word and variational dropout are one pattern."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 
 from .base import Pattern
 from .checks import choice
+from .checks import integer
 from .checks import real
 
 SHARED = ("none", "map", "sample")
+LAST_DIM = 62  # bits of an integer carry them to the op
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class BernoulliPattern(Pattern):
     default_normalize: ClassVar[str] = "expected"
 
     rate: float
-    shared: str = "none"
+    shared: str | tuple[int, ...] = "none"
 
     def __post_init__(self) -> None:
         rate = real("rate", self.rate, 0, 1)
-        self._freeze((rate,), rate=rate, shared=choice("shared", self.shared, SHARED))
+        self._freeze((rate,), rate=rate, shared=_checked(self.shared))
 
     def expected_rate(self, height: int, width: int) -> float:
         """The rate, on every map."""
@@ -51,3 +53,12 @@ class BernoulliPattern(Pattern):
 
         y: torch.Tensor = bernoulli_dropout(x, self.fields(), seed, shared=self.shared, normalize="none", rank=rank)
         return y
+
+
+def _checked(shared: object) -> str | tuple[int, ...]:
+    if not isinstance(shared, (tuple, list)):
+        return choice("shared", shared, SHARED)
+    dims = tuple(sorted(integer("shared", dim, 0, LAST_DIM) for dim in shared))
+    if len(set(dims)) < len(dims):
+        raise ValueError(f"shared must hold different dimensions, got {shared!r}")
+    return dims or "none"

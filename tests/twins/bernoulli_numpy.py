@@ -11,20 +11,26 @@ from .philox_numpy import key_of
 from .philox_numpy import philox
 
 
-def kept(shape: tuple[int, ...], rate: float, seed: int, shared: str, rank: int) -> NDArray[np.bool_]:
+def kept(shape: tuple[int, ...], rate: float, seed: int, shared: str | tuple[int, ...], rank: int) -> NDArray[np.bool_]:
     """The mask of a call with x of this shape, True = kept."""
     threshold = int(rate * 2**32)
     mask = np.empty(shape, dtype=bool)
-    for sample, *cell in product(*(range(side) for side in shape)):
-        index = 0
+    for cell in product(*(range(side) for side in shape)):
         if shared == "none":
-            for place, side in zip(cell, shape[1:], strict=True):
-                index = index * side + place
+            own = list(range(1, len(shape)))
         elif shared == "map":
-            index = cell[0]
+            own = [1]
+        elif shared == "sample":
+            own = []
+        else:
+            own = [dim for dim in range(1, len(shape)) if dim not in shared]
+        index = 0
+        for dim in own:
+            index = index * shape[dim] + cell[dim]
+        sample = cell[0] if isinstance(shared, str) or 0 not in shared else 0
         call = index // 4
         word = philox(call % 2**32, call // 2**32, sample, rank, key_of(seed))[index % 4]
-        mask[(sample, *cell)] = int(word) >= threshold
+        mask[cell] = int(word) >= threshold
     return mask
 
 

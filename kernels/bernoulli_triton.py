@@ -1,0 +1,433 @@
+"""Triton kernels of Bernoulli dropout: one over the activation, forward and backward, and one that counts for "mask".
+
+Each apply kernel reads an element once and writes it once, and draws its decisions itself: four words of a Philox call,
+counter `((i div 4) mod 2^32, (i div 4) div 2^32, sample, rank)`, are four decisions in a row. Which kernel runs depends
+on where in memory decision i lies (`Form`), so that accesses are as wide as memory allows in every case:
+
+- `cells_kernel`: (sample, outer, decisions). A thread holds 16 bytes that follow each other, the cells of one or two
+  calls. Dropout; and, with the calls of a tile shared by its rows, channels_last SpatialDropout, variational dropout.
+- `rows_kernel`: (sample, outer, decision, inner). One decision a row of `inner` cells: SpatialDropout, DropPath, word
+  dropout. Rows that are dropped are not read.
+- `strided_kernel`: (sample, places, channels) with decision channel * places + place: Dropout in channels_last. A
+  thread holds 16 bytes of channels at four places.
+
+Nothing of the rate, the seed or the rank is compiled in. `count_kernel` draws the decisions once more and reads no
+activation; the program that arrives last divides. The scale is a float64 in memory, rounded to the compute type in the
+kernel; as a Python number it would be compiled in or passed as float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+# Elements of a tile and warps that share it: 32 elements a thread. By compiled code only; no GPU has timed them yet.
+TILE = 4096
+WARPS = 4
+
+# Threads of these warps, which are of 64 on AMD's: a tile of strided_kernel gives each 16 bytes, place by place.
+THREADS = WARPS * (64 if torch.version.hip else 32)
+
+# Philox calls of a program of count_kernel.
+COUNT_BLOCK = 1024
+
+
+# ---- device helpers ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _words(seed, c0, c1, c2, c3):
+    """`tl.philox` with products of 64 bits, one instruction each, and counter words that broadcast late."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0 = c0.to(tl.uint32)
+    c1 = c1.to(tl.uint32)
+    c2 = c2.to(tl.uint32)
+    c3 = c3.to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _product(x, scale):
+    """`x * scale` in the compute type, cast to x's type."""
+    if x.dtype == tl.float64:
+        return x * scale
+    else:
+        return (x.to(tl.float32) * scale.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def _fourth(which, w0, w1, w2, w3):
+    """Word number `which` of four."""
+    return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+# Not on the seed either: an element of a tensor of seeds is aligned to 8 bytes only, and would compile the kernel anew.
+@triton.jit(do_not_specialize=["threshold", "rank", "seed_ptr"])
+def cells_kernel(
+    x_ptr,  # (samples, outer, decisions)
+    y_ptr,  # the same, written
+    seed_ptr,  # int64
+    scale_ptr,  # float64
+    threshold,  # int32 with the bits of the uint32; so is rank
+    rank,
+    rows,  # samples, or outer where OUTER
+    decision_units,  # the decisions are decision_units * GRAIN, which tells the compiler what they are divisible by
+    row_blocks,
+    fragment_blocks,
+    GRAIN: tl.constexpr,
+    OUTER: tl.constexpr,  # a tile lies in one sample and its rows share their calls; else outer is 1
+    ROWS: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    CALLS: tl.constexpr,  # of a fragment: 1 or 2
+):
+    decisions = tl.cast(decision_units, tl.int64) * GRAIN
+    block = tl.program_id(0)
+    first = (block % fragment_blocks).to(tl.int64) * FRAGMENTS
+    block = block // fragment_blocks
+    row = (block % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside_rows = row < rows
+    if OUTER:
+        sample = tl.full((1, 1), 0, tl.int32) + block // row_blocks
+        row += (block // row_blocks).to(tl.int64) * rows
+    else:
+        sample = row.to(tl.int32)[:, None]
+
+    # A tile begins at a multiple of its length, so that the upper word is the same in all of it.
+    call = first * CALLS
+    low = call.to(tl.int32) + tl.arange(0, FRAGMENTS)[None, :] * CALLS
+    high = (call >> 32).to(tl.int32)
+    seed = tl.load(seed_ptr)
+    bound = threshold.to(tl.uint32)
+    lane = tl.arange(0, 4 * CALLS)[None, None, :]
+    w0, w1, w2, w3 = _words(seed, low, high, sample, rank)
+    word = _fourth(lane, w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None])
+    if CALLS == 2:
+        w4, w5, w6, w7 = _words(seed, low + 1, high, sample, rank)
+        second = _fourth(lane - 4, w4[:, :, None], w5[:, :, None], w6[:, :, None], w7[:, :, None])
+        word = tl.where(lane < 4, word, second)
+
+    cell = (first + tl.arange(0, FRAGMENTS))[None, :, None] * (4 * CALLS) + lane
+    offset = (row * decisions)[:, None, None] + cell
+    inside = inside_rows[:, None, None] & (cell < decisions)
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+    tl.store(y_ptr + offset, tl.where(word >= bound, _product(x, tl.load(scale_ptr)), 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["threshold", "rank", "seed_ptr"])
+def rows_kernel(
+    x_ptr,  # (samples, outer, decisions, inner)
+    y_ptr,  # the same, written
+    seed_ptr,  # int64
+    scale_ptr,  # float64
+    threshold,  # int32 with the bits of the uint32; so is rank
+    rank,
+    rows,  # samples * outer * decisions
+    rows_of_sample,  # outer * decisions
+    decisions,
+    inner_units,  # inner is inner_units * GRAIN
+    inner_blocks,
+    GRAIN: tl.constexpr,
+    WIDE: tl.constexpr,  # 2^31 rows and more
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    inner = tl.cast(inner_units, tl.int64) * GRAIN
+    block = tl.program_id(0)
+    if WIDE:
+        row = (block // inner_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    else:
+        row = (block // inner_blocks) * ROWS + tl.arange(0, ROWS)
+    sample = row // rows_of_sample
+    decision = (row - sample * rows_of_sample) % decisions
+    call = decision // 4
+    if WIDE:
+        high = (call >> 32).to(tl.int32)
+    else:
+        high = tl.full((1,), 0, tl.int32)
+    w0, w1, w2, w3 = _words(tl.load(seed_ptr), call, high, sample, rank)
+    kept = _fourth(decision % 4, w0, w1, w2, w3) >= threshold.to(tl.uint32)
+
+    cell = (block % inner_blocks).to(tl.int64) * INNER + tl.arange(0, INNER)
+    offset = (row.to(tl.int64) * inner)[:, None] + cell[None, :]
+    inside = (row < rows)[:, None] & (cell < inner)[None, :]
+    x = tl.load(x_ptr + offset, mask=inside & kept[:, None], other=0.0)
+    tl.store(y_ptr + offset, _product(x, tl.load(scale_ptr)), mask=inside)
+
+
+@triton.jit(do_not_specialize=["threshold", "rank", "seed_ptr"])
+def strided_kernel(
+    x_ptr,  # (samples, places, channels), decision channel * places + place
+    y_ptr,  # the same, written
+    seed_ptr,  # int64
+    scale_ptr,  # float64
+    threshold,  # int32 with the bits of the uint32; so is rank
+    rank,
+    places,
+    channel_units,  # the channels are channel_units * GRAIN
+    run_blocks,
+    channel_blocks,
+    GRAIN: tl.constexpr,
+    ALIGNED: tl.constexpr,  # the places are divisible by 4, so that a run of four is one call
+    WIDE: tl.constexpr,  # 2^31 decisions a sample and more
+    RUNS: tl.constexpr,
+    RUN: tl.constexpr,  # places of a run
+    CHANNELS: tl.constexpr,
+):
+    channels = channel_units * GRAIN
+    block = tl.program_id(0)
+    channel = (block % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    block = block // channel_blocks
+    place = ((block % run_blocks) * RUNS + tl.arange(0, RUNS)) * RUN
+    sample = block // run_blocks
+    if WIDE:
+        decision = channel.to(tl.int64)[None, :] * places + place[:, None]
+    else:
+        decision = channel[None, :] * places + place[:, None]
+        high = tl.full((1, 1), 0, tl.int32)
+    if ALIGNED:
+        calls: tl.constexpr = RUN // 4
+    else:
+        calls: tl.constexpr = RUN // 4 + 1
+    seed = tl.load(seed_ptr)
+    bound = threshold.to(tl.uint32)
+    of_sample = tl.full((1, 1), 0, tl.int32) + sample
+    kept = tl.full((RUNS, CHANNELS), 0, tl.int32)
+    for k in tl.static_range(calls):
+        call = (decision >> 2) + k
+        if WIDE:
+            high = (call >> 32).to(tl.int32)
+        w0, w1, w2, w3 = _words(seed, call, high, of_sample, rank)
+        kept |= (w0 >= bound).to(tl.int32) << (4 * k)
+        kept |= (w1 >= bound).to(tl.int32) << (4 * k + 1)
+        kept |= (w2 >= bound).to(tl.int32) << (4 * k + 2)
+        kept |= (w3 >= bound).to(tl.int32) << (4 * k + 3)
+    if not ALIGNED:
+        kept = kept >> (decision & 3).to(tl.int32)
+
+    scale = tl.load(scale_ptr)
+    offset = ((sample.to(tl.int64) * places + place) * channels)[:, None] + channel[None, :]
+    for j in tl.static_range(RUN):
+        inside = (place + j < places)[:, None] & (channel < channels)[None, :]
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+        y = tl.where(((kept >> j) & 1) != 0, _product(x, scale), 0.0)
+        tl.store(y_ptr + offset, y, mask=inside)
+        offset += channels
+
+
+@triton.jit(do_not_specialize=["threshold", "rank", "seed_ptr"])
+def count_kernel(
+    seed_ptr,  # int64
+    totals_ptr,  # int64 (2), zeros: decisions kept so far, programs that have added theirs
+    scale_ptr,  # float64, written
+    threshold,  # int32 with the bits of the uint32; so is rank
+    rank,
+    samples,
+    decisions,  # of a sample
+    cells,  # of a decision
+    WIDE: tl.constexpr,  # 2^31 decisions a sample and more
+    BLOCK: tl.constexpr,
+):
+    # One division in 64 bits finds the sample of the first call, 32 bits do for the rest.
+    calls = (tl.cast(decisions, tl.int64) + 3) // 4
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    first_sample = first // calls
+    if WIDE:
+        call = first - first_sample * calls + tl.arange(0, BLOCK)
+        samples_on = (call // calls).to(tl.int32)
+        call = call - samples_on * calls
+        high = (call >> 32).to(tl.int32)
+    else:
+        call = (first - first_sample * calls).to(tl.int32) + tl.arange(0, BLOCK)
+        samples_on = call // calls.to(tl.int32)
+        call = call - samples_on * calls.to(tl.int32)
+        high = tl.full((1,), 0, tl.int32)
+    sample = first_sample.to(tl.int32) + samples_on
+    w0, w1, w2, w3 = _words(tl.load(seed_ptr), call, high, sample, rank)
+    bound = threshold.to(tl.uint32)
+    left = tl.where(first_sample + samples_on < samples, decisions - 4 * call.to(tl.int64), 0)
+    kept = ((left > 0) & (w0 >= bound)).to(tl.int32) + ((left > 1) & (w1 >= bound)).to(tl.int32)
+    kept += ((left > 2) & (w2 >= bound)).to(tl.int32) + ((left > 3) & (w3 >= bound)).to(tl.int32)
+    tl.atomic_add(totals_ptr, tl.sum(kept).to(tl.int64))
+    # Release and acquire: who sees all the others' arrivals sees their sums.
+    arrived = tl.atomic_add(totals_ptr + 1, 1)
+    if arrived == tl.num_programs(0) - 1:
+        total = tl.atomic_add(totals_ptr, 0) * cells
+        size = tl.cast(samples, tl.int64) * decisions * cells
+        quotient = size.to(tl.float64) / tl.maximum(total, 1).to(tl.float64)
+        tl.store(scale_ptr, tl.where(total > 0, quotient, 0.0))
+
+
+# ---- where decisions lie in memory ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """A dense tensor as the kernels see it: (samples, outer, decisions, inner) in the order of memory.
+
+    All cells of `outer` and `inner` share a decision. With `places` (then outer = inner = 1) the decisions lie as
+    (decisions / places channels within places), numbered channel by channel.
+    """
+
+    samples: int
+    outer: int
+    decisions: int
+    inner: int
+    places: int = 0
+
+
+def form_of(shape: Sequence[int], strides: Sequence[int], shared: Sequence[int]) -> Form | None:
+    """The form of a dense tensor without empty dimensions; None if it has none of those that the kernels know."""
+    number_stride, number = {}, 1
+    for dim in range(len(shape) - 1, 0, -1):
+        number_stride[dim] = 0 if dim in shared else number
+        number *= 1 if dim in shared else shape[dim]
+    number_stride[0] = 0
+    memory = sorted((dim for dim, side in enumerate(shape) if side > 1), key=lambda dim: -strides[dim])
+    samples = 1
+    if 0 in memory and 0 not in shared:
+        if memory[0] != 0:
+            return None
+        samples = shape[0]
+        del memory[0]
+    groups: list[tuple[int, int]] = []  # neighbours in memory whose numbers go on without a break: size, stride
+    for dim in memory:
+        size, stride = shape[dim], number_stride[dim]
+        if groups and groups[-1][1] == size * stride:
+            size *= groups.pop()[0]
+        groups.append((size, stride))
+    strides_left = [stride for _, stride in groups]
+    if len(groups) == 2 and strides_left == [1, groups[0][0]]:
+        return Form(samples, 1, number, 1, places=groups[0][0])
+    outer = groups.pop(0)[0] if strides_left[:1] == [0] and len(groups) > 1 else 1
+    inner = groups.pop()[0] if strides_left[-1:] == [0] else 1
+    if len(groups) > 1 or (groups and groups[0][1] != 1):
+        return None
+    return Form(samples, outer, number, inner)
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------
+
+
+def scale_of_mask(
+    seed: torch.Tensor, samples: int, decisions: int, size: int, threshold: int, rank: int
+) -> torch.Tensor:
+    """Size / Sum of the mask as a 0-d float64 tensor, 0 if nothing is kept. `decisions` are those of a sample."""
+    scale = torch.zeros((), dtype=torch.float64, device=seed.device)
+    if threshold == 2**32:
+        return scale
+    totals = torch.zeros(2, dtype=torch.int64, device=seed.device)
+    count_kernel[(triton.cdiv(samples * triton.cdiv(decisions, 4), COUNT_BLOCK),)](
+        seed, totals, scale, _signed(threshold), _signed(rank), samples, decisions, size // (samples * decisions),
+        WIDE=decisions >= 2**31, BLOCK=COUNT_BLOCK,
+    )  # fmt: skip
+    return scale
+
+
+def apply(
+    x: torch.Tensor, shared: Sequence[int], threshold: int, seed: torch.Tensor, scale: torch.Tensor, rank: int
+) -> torch.Tensor:
+    """The masked product, in x's memory format; x is not empty, threshold in [0, 2^32).
+
+    Formats with gaps are copied first; so are those of which `form_of` knows nothing, with the shared dimensions last.
+    """
+    y = torch.empty_like(x)
+    source = x
+    if any(a != b for a, b, side in zip(x.stride(), y.stride(), x.shape, strict=True) if side > 1):
+        source = y.copy_(x)
+    form = form_of(y.shape, y.stride(), shared)
+    if form is not None:
+        _launch(source, y, form, threshold, seed, scale, rank)
+        return y
+    own = [dim for dim in range(x.dim()) if dim not in shared]
+    dense = source.permute(*own, *shared).contiguous()
+    samples = 1 if 0 in shared else x.shape[0]
+    inner = 1
+    for dim in shared:
+        inner *= x.shape[dim]
+    _launch(dense, dense, Form(samples, 1, dense.numel() // inner // samples, inner), threshold, seed, scale, rank)
+    y.permute(*own, *shared).copy_(dense)
+    return y
+
+
+def _launch(
+    x: torch.Tensor, y: torch.Tensor, form: Form, threshold: int, seed: torch.Tensor, scale: torch.Tensor, rank: int
+) -> None:
+    common = (x, y, seed, scale, _signed(threshold), _signed(rank))
+    lanes = 8 if x.element_size() == 2 else 4
+    if form.places:
+        _launch_strided(common, form, lanes)
+    elif form.inner > 1:
+        rows = form.samples * form.outer * form.decisions
+        length, blocks = _tile(form.inner, TILE)
+        height = TILE // length
+        grain = _grain(form.inner)
+        rows_kernel[(triton.cdiv(rows, height) * blocks,)](
+            *common, rows, form.outer * form.decisions, form.decisions, form.inner // grain, blocks,
+            GRAIN=grain, WIDE=rows >= 2**31 - height, ROWS=height, INNER=length, num_warps=WARPS,
+        )  # fmt: skip
+    else:
+        fragments, blocks = _tile(triton.cdiv(form.decisions, lanes), TILE // lanes)
+        rows = form.outer if form.outer > 1 else form.samples
+        height = TILE // lanes // fragments
+        row_blocks = triton.cdiv(rows, height)
+        grain = _grain(form.decisions)
+        cells_kernel[(row_blocks * blocks * (form.samples if form.outer > 1 else 1),)](
+            *common, rows, form.decisions // grain, row_blocks, blocks,
+            GRAIN=grain, OUTER=form.outer > 1, ROWS=height, FRAGMENTS=fragments, CALLS=lanes // 4, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def _launch_strided(common: tuple[torch.Tensor | int, ...], form: Form, lanes: int) -> None:
+    channels = form.decisions // form.places
+    aligned = form.places % 4 == 0
+    run = 4 if aligned else 8  # at other numbers the run lies in one call more than it fills
+    runs, longest = triton.cdiv(form.places, run), triton.next_power_of_2(channels)
+    height = min(triton.next_power_of_2(runs), THREADS * lanes // min(8 * lanes, longest))
+    length = min(longest, THREADS * lanes // height)
+    run_blocks, channel_blocks = triton.cdiv(runs, height), triton.cdiv(channels, length)
+    grain = _grain(channels)
+    strided_kernel[(form.samples * run_blocks * channel_blocks,)](
+        *common, form.places, channels // grain, run_blocks, channel_blocks,
+        GRAIN=grain, ALIGNED=aligned, WIDE=form.decisions >= 2**31, RUNS=height, RUN=run, CHANNELS=length,
+        num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _tile(length: int, most: int) -> tuple[int, int]:
+    """Side of a tile along an axis of this length, a power of two up to `most`, and how many tiles it takes.
+
+    The longest whose last tile wastes at most a sixteenth; else the one that wastes least, at least 8.
+    """
+    longest = min(most, triton.next_power_of_2(length))
+    sides = [side for side in (1 << k for k in range(13, -1, -1)) if min(8, longest) <= side <= longest]
+    padded = {side: triton.cdiv(length, side) * side for side in sides}
+    fitting = [side for side in sides if padded[side] * 16 <= length * 17]
+    side = fitting[0] if fitting else min(sides, key=lambda side: (padded[side], -side))
+    return side, padded[side] // side
+
+
+def _grain(number: int) -> int:
+    """The largest power of two up to 16 that divides the number: what vector accesses can build on."""
+    return min(16, number & -number)
+
+
+def _signed(word: int) -> int:
+    """The bits of a uint32 as an int32: as an int64 it would compile a kernel anew."""
+    return word - 2**32 if word >= 2**31 else word
