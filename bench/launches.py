@@ -10,13 +10,19 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 
 import torch
 from machine.copying import copy
 from machine.recording import meta
 
+from autodropout.kernels import bernoulli_triton
+from autodropout.kernels import block_triton
 from autodropout.kernels import tiled_triton
+from autodropout.kernels import token_triton
 from autodropout.kernels.atlas import Atlas
+from autodropout.kernels.block import geometry
+from autodropout.kernels.token import by_token
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -74,6 +80,11 @@ def seed() -> torch.Tensor:
     return torch.empty((), dtype=torch.int64, device="meta")
 
 
+def scalar() -> torch.Tensor:
+    """A scale."""
+    return torch.empty((), dtype=torch.float64, device="meta")
+
+
 def maps() -> Iterator[tuple[tuple[int, int, int, int], str, str, torch.Tensor]]:
     """All maps in both layouts and dtypes: shape, layout, dtype, and the activation without storage."""
     for shapes in MAPS.values():
@@ -103,7 +114,78 @@ def tiled() -> Iterator[Case]:
         yield Case("tiled", shape, layout, dtype, run, (x.element_size(), x.element_size()))
 
 
-OPS: tuple[Callable[[], Iterator[Case]], ...] = (copies, tiled)
+def block() -> Iterator[Case]:
+    """DropBlock with rate 0.1 and block 7, a mask per channel, scale by the expected mask.
+
+    Programs draw the blocks of 32 planes together, so many times as the fullest needs, and every block in full.
+    """
+    for shape, layout, dtype, x in maps():
+        height, width = shape[2:]
+        blocks = geometry(0.1, 7, height, width)
+        calls = -(-((len(blocks.thresholds) + 1) // 2) // block_triton.CALLS)
+        run = block_triton.run_of(blocks, width, torch.device("meta"))
+        words = float(len(run.bytes if layout == "channels_last" else run.words))
+        turns = {1: _expected_calls(blocks.thresholds) / max(1, calls), 2: words, 3: words}
+
+        def apply(x: torch.Tensor = x, blocks: Any = blocks) -> None:
+            block_triton.apply(x, blocks, seed(), scalar(), False, 0)
+
+        size = x.element_size()
+        yield Case("block", shape, layout, dtype, apply, (size, size), {"draw_blocks_kernel": turns})
+
+
+def _expected_calls(thresholds: torch.Tensor) -> float:
+    """Of Philox calls with two blocks each: how many the fullest of the planes of a program needs, in expectation.
+
+    Plane counts are independent, P(count <= k) = thresholds[k] / 2^32; the mean of ceil(most / 2) is the sum of
+    P(most > 2j) over j >= 0.
+    """
+    below = (thresholds.double() / 2**32).pow(block_triton.DRAW_BLOCK)
+    return float((1 - below[::2]).sum())
+
+
+def bernoulli() -> Iterator[Case]:
+    """Dropout, SpatialDropout and DropPath on maps, Dropout on activations and attention weights; rate 0.1."""
+    threshold = int(0.1 * 2**32)
+
+    def case(name: str, layout: str, dtype: str, x: torch.Tensor, shared: tuple[int, ...]) -> Case:
+        def run() -> None:
+            bernoulli_triton.apply(x, shared, threshold, seed(), scalar(), 0)
+
+        size = x.element_size()
+        return Case(name, tuple(x.shape), layout, dtype, run, (size, size))
+
+    for name, shared in (("dropout", ()), ("spatial dropout", (2, 3)), ("drop path", (1, 2, 3))):
+        for _, layout, dtype, x in maps():
+            yield case(name, layout, dtype, x, shared)
+    for shape in (*ACTIVATIONS, *ATTENTION):
+        for name, dtype in DTYPES.items():
+            yield case("dropout", "contiguous", name, meta(*shape, dtype=dtype), ())
+
+
+def token() -> Iterator[Case]:
+    """Spans of 4 tokens with 4 between them, rate 0.3: a decision an element, a span and channel, or a token."""
+    fields = torch.tensor([4.0, 4.0, 0.3], dtype=torch.float64)
+    for name, share_t, share_c in (
+        ("token", False, False),
+        ("token share_t", True, False),
+        ("token share_c", False, True),
+    ):
+        for shape in (*ACTIVATIONS, *ATTENTION):
+            layout = "TNC" if shape in ACTIVATIONS else "NHQK"
+            for dtype_name, dtype in DTYPES.items():
+                x = meta(*shape, dtype=dtype)
+
+                def run(
+                    x: torch.Tensor = x, layout: str = layout, share: tuple[bool, bool] = (share_t, share_c)
+                ) -> None:
+                    views = by_token(x, layout), by_token(torch.empty_like(x), layout)
+                    token_triton.apply(*views, fields, seed(), scalar(), *share, 0)
+
+                yield Case(name, shape, layout, dtype_name, run, (dtype.itemsize, dtype.itemsize))
+
+
+OPS: tuple[Callable[[], Iterator[Case]], ...] = (copies, tiled, block, bernoulli, token)
 
 
 def cases() -> list[Case]:
