@@ -1,44 +1,60 @@
 """Timing contenders against each other on a machine whose speed drifts: in turn, round after round, medians compared.
 
 pytest-benchmark times one function at a time, minutes apart from the next. Here each of its rounds is set up by one
-run of every peer, so that all see the same machine.
+run of every contender, so that all see the same machine. Its own figure is the wall time of ours.
 
 And the same heap: whether a contender gets warm pages or faults new ones in depends on what its predecessor freed,
 which is worth a factor of four at 20 MB. So an untimed run of the unit, the first peer, goes before everything timed,
-and the peers change their order from round to round.
+and the contenders change their order from round to round.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
+from typing import NamedTuple
 
-Contender = Callable[[], object]
+from clock import ON_GPU
+from clock import Contender
+from clock import seconds
+
+# On a GPU a round takes milliseconds: 10 warm up, 150 are timed.
+GPU_ROUNDS, GPU_WARMUP = 150, 10
 
 
-def interleaved(benchmark: Any, ours: Contender, peers: dict[str, Contender], rounds: int) -> dict[str, float]:
-    """Median seconds of every peer and of "ours", by name; the same in `benchmark.extra_info`.
+class Timing(NamedTuple):
+    """Seconds: the median, and what a fifth of the rounds stayed below and above."""
 
-    The first of the peers is the unit. The first round of everything warms up and is thrown away.
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(benchmark: Any, ours: Contender, peers: dict[str, Contender], rounds: int) -> dict[str, Timing]:
+    """The timing of every peer and of "ours", by name; the medians also in `benchmark.extra_info`.
+
+    The first of the peers is the unit. The first rounds of everything warm up and are thrown away.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    contenders = peers | {"ours": ours}
+    runs: dict[str, list[float]] = {name: [] for name in contenders}
     unit = next(iter(peers.values()))
-    order = deque(peers)
+    order = deque(contenders)
+    rounds, warmup = (GPU_ROUNDS, GPU_WARMUP) if ON_GPU else (rounds, 1)
 
-    def run_peers() -> None:
+    def run_all() -> None:
         for name in order:
             unit()
-            begin = time.perf_counter()
-            peers[name]()
-            seconds[name].append(time.perf_counter() - begin)
+            runs[name].append(seconds(contenders[name]))
         order.rotate()
         unit()
 
-    benchmark.pedantic(ours, setup=run_peers, rounds=rounds, warmup_rounds=1)
-    medians = {name: statistics.median(runs[1:]) for name, runs in seconds.items()}
-    medians["ours"] = benchmark.stats.stats.median
-    benchmark.extra_info.update({f"median_s[{name}]": median for name, median in medians.items()})
-    return medians
+    benchmark.pedantic(ours, setup=run_all, rounds=rounds, warmup_rounds=warmup)
+    timings = {name: _timing(taken[warmup:]) for name, taken in runs.items()}
+    benchmark.extra_info.update({f"median_s[{name}]": timing.median for name, timing in timings.items()})
+    return timings
+
+
+def _timing(taken: list[float]) -> Timing:
+    fifths = statistics.quantiles(taken, n=5, method="inclusive")
+    return Timing(statistics.median(taken), fifths[0], fifths[-1])
