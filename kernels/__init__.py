@@ -11,18 +11,33 @@ from typing import Any
 
 if TYPE_CHECKING:
     from .atlas import Atlas
+    from .batch_norm import batch_norm_pattern_relu
     from .bernoulli import bernoulli_dropout
     from .block import block_dropout
+    from .residual import drop_path_add
+    from .residual import tiled_dropout_add
     from .tiled import tiled_dropout
     from .token import token_dropout
 
-__all__ = ["Atlas", "bernoulli_dropout", "block_dropout", "tiled_dropout", "token_dropout"]
+__all__ = [
+    "Atlas",
+    "batch_norm_pattern_relu",
+    "bernoulli_dropout",
+    "block_dropout",
+    "drop_path_add",
+    "tiled_dropout",
+    "tiled_dropout_add",
+    "token_dropout",
+]
 
 _HOMES = {
     "Atlas": "atlas",
+    "batch_norm_pattern_relu": "batch_norm",
     "bernoulli_dropout": "bernoulli",
     "block_dropout": "block",
+    "drop_path_add": "residual",
     "tiled_dropout": "tiled",
+    "tiled_dropout_add": "residual",
     "token_dropout": "token",
 }
 
