@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import pytest
+import timm.layers
 import torch
 from test_functional import PATTERNS
 from test_functional import activation
@@ -21,11 +22,16 @@ from autodropout import Pattern
 from autodropout import TiledPattern
 from autodropout import pattern_dropout
 from autodropout.nn import DropBlock2d
+from autodropout.nn import Dropout
 from autodropout.nn import DropPath
 from autodropout.nn import PatternDropout
+from autodropout.nn import SpatialDropout1d
 from autodropout.nn import SpatialDropout2d
+from autodropout.nn import SpatialDropout3d
+from autodropout.nn import VariationalDropout
+from autodropout.nn import WordDropout
 
-NAMED: list[PatternDropout] = [SpatialDropout2d(0.3), DropPath(0.3), DropBlock2d(0.2, 3)]
+NAMED: list[PatternDropout] = [Dropout(0.3), SpatialDropout2d(0.3), DropPath(0.3), DropBlock2d(0.2, 3)]
 
 
 def draw(module: nn.Module, x: torch.Tensor, seed: int = 3) -> torch.Tensor:
@@ -116,7 +122,7 @@ def test_moves_with_its_model_and_keeps_its_numbers() -> None:
     assert torch.equal(draw(module.half().to("meta").to_empty(device="cpu"), x), y)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("pattern", [*PATTERNS, BernoulliPattern(0.3, shared=(1, 3))], ids=repr)
 def test_fifty_assignments_never_recompile(pattern: Pattern) -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -168,7 +174,16 @@ def test_inductor_draws_the_eager_mask() -> None:
             "PatternDropout(BernoulliPattern(rate=0.1, shared='map'), normalize='mask')",
         ),
         (PatternDropout(BlockPattern(0.1, 7)), "PatternDropout(BlockPattern(rate=0.1, block_size=7))"),
+        (
+            PatternDropout(BernoulliPattern(0.1, shared=(2, 1))),
+            "PatternDropout(BernoulliPattern(rate=0.1, shared=(1, 2)))",
+        ),
+        (Dropout(), "Dropout(p=0.5)"),
+        (SpatialDropout1d(), "SpatialDropout1d(p=0.5)"),
         (SpatialDropout2d(), "SpatialDropout2d(p=0.5)"),
+        (SpatialDropout3d(0.1), "SpatialDropout3d(p=0.1)"),
+        (WordDropout(0.1), "WordDropout(p=0.1)"),
+        (VariationalDropout(0.1), "VariationalDropout(p=0.1)"),
         (DropPath(0.1), "DropPath(drop_prob=0.1)"),
         (DropPath(0.1, scale_by_keep=False), "DropPath(drop_prob=0.1, scale_by_keep=False)"),
         (DropBlock2d(p=0.1, block_size=7), "DropBlock2d(p=0.1, block_size=7)"),
@@ -178,13 +193,49 @@ def test_repr(module: nn.Module, text: str) -> None:
     assert repr(module) == text
 
 
-def test_spatial_dropout_drops_channels_and_doubles_the_rest() -> None:
-    x = activation(8, 16, 5, 6)
-    y = draw(SpatialDropout2d(p=0.5), x)
-    kept = (y != 0).flatten(2)
-    assert torch.equal(kept.all(2), kept.any(2))
-    assert 0 < kept.any(2).sum() < 128
-    assert torch.equal(y[y != 0], 2 * x[y != 0])
+def shares(y: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions along which zeros never change."""
+    kept = y != 0
+    return tuple(d for d in range(y.dim()) if torch.equal(kept, kept.narrow(d, 0, 1).expand_as(kept)))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shape"),
+    [
+        (Dropout(), nn.Dropout(), (8, 6, 5)),
+        (Dropout(), nn.Dropout(), (16, 3, 4, 5)),
+        (SpatialDropout1d(), nn.Dropout1d(), (8, 16, 5)),
+        (SpatialDropout2d(), nn.Dropout2d(), (8, 16, 5, 6)),
+        (SpatialDropout3d(), nn.Dropout3d(), (8, 16, 3, 5, 6)),
+        (WordDropout(), nn.Dropout1d(), (8, 16, 5)),
+        (VariationalDropout(), lambda x: nn.Dropout1d()(x.transpose(1, 2)).transpose(1, 2), (8, 5, 16)),
+        (DropPath(0.5), timm.layers.DropPath(0.5), (64, 3, 4, 5)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_drops_what_the_peer_drops(ours: nn.Module, theirs: Any, shape: tuple[int, ...]) -> None:
+    """The same cells share a decision, both outcomes occur, and what is kept is doubled."""
+    x = activation(*shape)
+    y, peer = draw(ours, x), draw(theirs, x)
+    assert shares(y) == shares(peer)
+    for z in (y, peer):
+        assert 0 < int((z != 0).sum()) < x.numel()
+        assert torch.equal(z[z != 0], 2 * x[z != 0])
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (SpatialDropout1d(), (2, 3, 4, 5), r"^x must be \(N, C, L\), got shape \(2, 3, 4, 5\)$"),
+        (SpatialDropout2d(), (3, 4, 5), r"^x must be \(N, C, H, W\), got shape \(3, 4, 5\)$"),
+        (SpatialDropout3d(), (3, 4, 5), r"^x must be \(N, C, D, H, W\), got shape"),
+        (WordDropout(), (3, 4), r"^x must be \(N, T, C\), got shape \(3, 4\)$"),
+        (VariationalDropout(), (3, 4), r"^x must be \(N, T, C\), got shape \(3, 4\)$"),
+    ],
+)
+def test_refuses_another_number_of_dimensions(module: nn.Module, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(torch.ones(shape))
 
 
 @pytest.mark.parametrize("shape", [(64, 3, 4, 5), (64, 7, 6)])
@@ -212,6 +263,7 @@ def test_drop_block_is_its_pattern() -> None:
     ("make", "message"),
     [
         (lambda: SpatialDropout2d(1.5), r"^p must be in \[0, 1\], got 1\.5$"),
+        (lambda: WordDropout(-1), r"^p must be in \[0, 1\], got -1$"),
         (lambda: DropPath(-0.1), r"^drop_prob must be in \[0, 1\], got -0\.1$"),
         (lambda: DropBlock2d(0.96, 7), r"^p must be in \[0, 0\.95\], got 0\.96$"),
         (lambda: DropBlock2d(0.1, 0), r"^block_size must be .* got 0$"),
