@@ -13,6 +13,7 @@ from autodropout import BernoulliPattern
 from autodropout import BlockPattern
 from autodropout import Pattern
 from autodropout import TiledPattern
+from autodropout import TokenPattern
 from autodropout import pattern_dropout
 
 
@@ -31,6 +32,8 @@ CASES = {
     "bernoulli, map": Case(BernoulliPattern(0.3, shared="map"), (4, 6, 8, 7), "rate"),
     "bernoulli, sample": Case(BernoulliPattern(0.5, shared="sample"), (16, 9, 8), "rate"),
     "block": Case(BlockPattern(0.3, block_size=3), (4, 6, 8, 7), "rate"),
+    "token": Case(TokenPattern(3, 2, rate=0.5), (4, 12, 8), "rate"),
+    "token, shared": Case(TokenPattern(4, 1, rate=0.5, share_t=True, share_c=True), (4, 12, 8), "rate"),
     "block, shared": Case(BlockPattern(0.3, block_size=2, share_c=True), (4, 6, 8, 7), "rate"),
 }
 
