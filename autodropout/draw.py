@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .patterns import Pattern
+from .patterns import TokenPattern
 from .patterns.checks import integer
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ MARGIN, LABEL, PANEL, GAP, TITLE, HEAD, BETWEEN = 0.1, 1.2, 0.86, 0.07, 0.2, 0.2
 
 def draw_policy(policy: Policy, map_size: int = 32) -> Figure:
     """Draws each site as a row of placements on a map of map_size x map_size cells.
+
+    For token patterns these are sequences of map_size tokens, one a row, with map_size channels.
 
     The seeds are fixed (row i draws with seed i), so the same policy gives the same figure.
 
@@ -90,8 +93,7 @@ def draw_policy(policy: Policy, map_size: int = 32) -> Figure:
         where = f"depth {site.depth:.3g}" if site.place == "batch_norm" else f"depth {site.depth:.3g}, {site.place}"
         text(MARGIN, middle + 0.04, where, size=7.5, color=MUTED, va="top")
         text(left, top + TITLE - 0.055, _describe(site.pattern), size=7.5, color=INK, va="baseline")
-        rate = 0.0 if site.pattern is None else site.pattern.expected_rate(map_size, map_size)
-        label = f"expected rate {100 * rate:.3g}%"
+        label = f"expected rate {100 * _expected_rate(site.pattern, map_size):.3g}%"
         text(width - MARGIN, top + TITLE - 0.055, label, size=7.5, color=INK, ha="right", va="baseline")
         for j, mask in enumerate(_masks(site.pattern, map_size, seed=i)):
             corner = (left + j * (PANEL + GAP)) / width, 1 - (top + row) / height
@@ -120,10 +122,24 @@ def save_figure(policy: Policy, path: str | os.PathLike[str], map_size: int = 32
 
 
 def _masks(pattern: Pattern | None, map_size: int, seed: int) -> torch.Tensor:
-    """Masks of the first channel of PLACEMENTS samples, bool (PLACEMENTS, map_size, map_size), True = kept."""
+    """Masks of the first channel of PLACEMENTS samples, bool (PLACEMENTS, map_size, map_size), True = kept.
+
+    Of token patterns: tokens by channels.
+    """
     if pattern is None:
         return torch.ones((PLACEMENTS, map_size, map_size), dtype=torch.bool)
+    if isinstance(pattern, TokenPattern):
+        return pattern.mask(PLACEMENTS, map_size, map_size, seed)
     return pattern.mask(PLACEMENTS, 1, map_size, map_size, seed)[:, 0]
+
+
+def _expected_rate(pattern: Pattern | None, map_size: int) -> float:
+    """On a map of map_size x map_size cells, of token patterns in sequences of map_size tokens."""
+    if pattern is None:
+        return 0.0
+    if isinstance(pattern, TokenPattern):
+        return pattern.expected_rate(map_size)
+    return pattern.expected_rate(map_size, map_size)
 
 
 def _describe(pattern: Pattern | None) -> str:
@@ -142,7 +158,8 @@ def _describe(pattern: Pattern | None) -> str:
         else:
             number = f"{value:.3g}".replace("-", "\u2212") if isinstance(value, (int, float)) else value
             shown.append(f"{f.name} {number}\u00b0" if f.name == "rotate" else f"{f.name} {number}")
-    return f"{pattern.op}: {', '.join(shown)}"
+    axes = " (tokens down, channels across)" if isinstance(pattern, TokenPattern) else ""
+    return f"{pattern.op}: {', '.join(shown)}{axes}"
 
 
 def _cut(label: Text, width: float) -> None:

@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of a tile and warps that share it: 32 elements a thread, 8 16-byte loads of fp32. By compiled code only; no
-# GPU has timed them yet.
+# Elements of a tile (half of it in float64) and warps that share it: 32 elements a thread, 8 16-byte loads of fp32. By
+# compiled code only; no GPU has timed them yet.
 TILE = 4096
 WARPS = 4
 
@@ -40,6 +40,21 @@ BYTES = 512
 
 
 @triton.jit
+def _words(seed, c0, c1, c2, c3):
+    """`tl.philox` with products of 64 bits, one instruction each, of counter words whose shapes need only broadcast."""
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1, c2, c3 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def _word(w0, w1, w2, w3, j):
     """Word number j. Where a thread holds all of j, the comparisons are settled at compile time."""
     return tl.where(j == 0, w0, tl.where(j == 1, w1, tl.where(j == 2, w2, w3)))
@@ -48,11 +63,13 @@ def _word(w0, w1, w2, w3, j):
 @triton.jit
 def _masked_product(x, dropped, scale):
     """`x * scale` in the compute type, cast to x's type; 0 where dropped, whatever x holds there."""
+    # The zero is chosen before the product. LLVM would move a choice behind it past the cast, and then 16-bit results
+    # are cast one by one instead of in pairs.
     if x.dtype == tl.float64:
-        product = x * scale
+        product = tl.where(dropped, 0.0, x) * scale
     else:
-        product = (x.to(tl.float32) * scale.to(tl.float32)).to(x.dtype)
-    return tl.where(dropped, 0.0, product)
+        product = (tl.where(dropped, 0.0, x.to(tl.float32)) * scale.to(tl.float32)).to(x.dtype)
+    return product
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -77,7 +94,7 @@ def cells_kernel(
     token = (block - sample * token_blocks) * BLOCK + tl.arange(0, BLOCK)
     zero = sample * 0
     seed = tl.load(seed_ptr)
-    w0, _, _, _ = tl.philox(seed, zero, zero, sample, zero + rank)
+    w0, _, _, _ = _words(seed, zero, zero, sample, zero + rank)
     phase = ((w0.to(tl.uint64) * (zero + period).to(tl.uint64)) >> 32).to(tl.uint32)
     phase = tl.where(size >= tokens, phase * 0, phase)
     # Tokens and phase are below 2^31 each: their sum is unsigned.
@@ -89,12 +106,12 @@ def cells_kernel(
     else:
         cell = token
     if SHARE_C:
-        word, _, _, _ = tl.philox(seed, token * 0, 1 + cell, token * 0 + sample, token * 0 + rank)
+        word, _, _, _ = _words(seed, zero, 1 + cell, sample, zero + rank)
         covered = covered & (word <= (zero + last).to(tl.uint32, bitcast=True))
     tl.store(cells_ptr + sample.to(tl.int64) * tokens + token, tl.where(covered, cell, -1), mask=token < tokens)
 
 
-@triton.jit(do_not_specialize=["seed_ptr", "spans", "last", "rank"])
+@triton.jit(do_not_specialize=["seed_ptr", "rows", "spans", "last", "rank"])
 def spans_kernel(
     seed_ptr,  # int64
     bits_ptr,  # uint8 (N, spans, groups), written: bit j of a byte is 1 where channel 8 * group + j is dropped
@@ -118,7 +135,7 @@ def spans_kernel(
     largest = (row_block * 0 + last).to(tl.uint32, bitcast=True)
     byte = call * 0 + row[:, None] * 0
     for half in tl.static_range(2):
-        words = tl.philox(seed, call + half + byte * 0, 1 + span[:, None], sample[:, None], row_block * 0 + rank)
+        words = _words(seed, call + half + byte * 0, 1 + span[:, None], sample[:, None], row_block * 0 + rank)
         for j in tl.static_range(4):
             byte = byte | ((words[j] <= largest).to(tl.int32) << (4 * half + j))
     inside = (row < rows)[:, None] & (group < groups)[None, :]
@@ -173,10 +190,13 @@ def apply_kernel(
     lane = tl.arange(0, VEC)
     place = fragment[:, None] * VEC + lane[None, :]
     inside = (token < tokens)[:, None, None] & (place < row)[None, :, :]
+    read = inside
 
     covered = (cell >= 0)[:, None, None]
     if SHARE_C:
-        dropped = covered
+        # Whole tokens: what is dropped is not even read, and 0 instead.
+        dropped = False
+        read = inside & (cell < 0)[:, None, None]
     else:
         first = part * row + fragment * VEC
         channel = part * row + place
@@ -203,17 +223,17 @@ def apply_kernel(
             largest = (block * 0 + last).to(tl.uint32, bitcast=True)
             if ALIGNED:
                 call = (first // 4)[None, :]
-                w0, w1, w2, w3 = tl.philox(seed, call, (1 + cell)[:, None], sample, sample * 0 + rank)
+                w0, w1, w2, w3 = _words(seed, call, (1 + cell)[:, None], sample, sample * 0 + rank)
                 word = _word(w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None], (lane % 4)[None, None, :])
                 if VEC == 8:
-                    w0, w1, w2, w3 = tl.philox(seed, call + 1, (1 + cell)[:, None], sample, sample * 0 + rank)
+                    w0, w1, w2, w3 = _words(seed, call + 1, (1 + cell)[:, None], sample, sample * 0 + rank)
                     upper = _word(
                         w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None], (lane % 4)[None, None, :]
                     )
                     word = tl.where(lane[None, None, :] < 4, word, upper)
             else:
                 call = (channel // 4)[None, :, :]
-                w0, w1, w2, w3 = tl.philox(seed, call, (1 + cell)[:, None, None], sample, sample * 0 + rank)
+                w0, w1, w2, w3 = _words(seed, call, (1 + cell)[:, None, None], sample, sample * 0 + rank)
                 word = _word(w0, w1, w2, w3, (channel % 4)[None, :, :])
             dropped = covered & (word <= largest)
 
@@ -221,7 +241,7 @@ def apply_kernel(
     wide_place = place.to(tl.int64)[None, :, :]
     x_offset = wide_sample * x_n * GRAIN + wide_part * x_a * GRAIN + (wide_token * x_t * GRAIN + wide_place * x_b)
     y_offset = wide_sample * y_n * GRAIN + wide_part * y_a * GRAIN + (wide_token * y_t * GRAIN + wide_place * y_b)
-    x = tl.load(x_ptr + x_offset, mask=inside, other=0.0)
+    x = tl.load(x_ptr + x_offset, mask=read, other=0.0)
     tl.store(y_ptr + y_offset, _masked_product(x, dropped, tl.load(scale_ptr)), mask=inside)
 
 
@@ -286,7 +306,7 @@ def apply_keys_kernel(
     else:
         seed = tl.load(seed_ptr)
         largest = (block * 0 + last).to(tl.uint32, bitcast=True)
-        w0, w1, w2, w3 = tl.philox(seed, call[:, None], (1 + cell)[None, :], sample, sample * 0 + rank)
+        w0, w1, w2, w3 = _words(seed, call[:, None], (1 + cell)[None, :], sample, sample * 0 + rank)
         word = _word(w0[None, :, :], w1[None, :, :], w2[None, :, :], w3[None, :, :], j[:, None, None])
         dropped = covered & (word <= largest)
 
@@ -332,7 +352,7 @@ def count_kernel(
         call = (block - row_block * call_blocks) * CALLS + tl.arange(0, CALLS)
         sample = (row // tokens).to(tl.int32)
         largest = (block * 0 + last).to(tl.uint32, bitcast=True)
-        words = tl.philox(tl.load(seed_ptr), call[None, :], (1 + cell)[:, None], sample[:, None], row_block * 0 + rank)
+        words = _words(tl.load(seed_ptr), call[None, :], (1 + cell)[:, None], sample[:, None], row_block * 0 + rank)
         found = call[None, :] * 0 + cell[:, None] * 0
         for i in tl.static_range(4):
             below = (words[i] <= largest) & (cell >= 0)[:, None] & (call * 4 + i < channels)[None, :]
@@ -446,8 +466,8 @@ def _apply_channels(
     n, t, a, b = sides
     (x_n, x_t, x_a, x_b), (y_n, y_t, y_a, y_b) = strides
     vec = 8 if arguments[0].element_size() == 2 and (a == 1 or b % 8 == 0) else 4
-    fragments, fragment_blocks = _tile(triton.cdiv(b, vec), 128)
-    tokens = min(TILE // vec // fragments, triton.next_power_of_2(t))
+    fragments, fragment_blocks = _tile(triton.cdiv(b, vec))
+    tokens = min(_tile_of(arguments[0]) // vec // fragments, triton.next_power_of_2(t))
     token_blocks = triton.cdiv(t, tokens)
     grain = _grain(b, x_n, x_t, x_a, y_n, y_t, y_a)
     apply_kernel[(n * a * token_blocks * fragment_blocks,)](
@@ -472,9 +492,9 @@ def _apply_keys(
     n, t, a, b = sides
     (x_n, x_t, x_a, x_b), (y_n, y_t, y_a, y_b) = strides
     vec = max(1, 16 // arguments[0].element_size())
-    fragments, _ = _tile(triton.cdiv(t, vec), 128)
+    fragments, _ = _tile(triton.cdiv(t, vec))
     keys = fragments * vec
-    calls = min(TILE // 4 // keys, triton.next_power_of_2(triton.cdiv(a * b, 4)))
+    calls = min(_tile_of(arguments[0]) // 4 // keys, triton.next_power_of_2(triton.cdiv(a * b, 4)))
     key_blocks, call_blocks = triton.cdiv(t, keys), triton.cdiv(triton.cdiv(a * b, 4), calls)
     grain = _grain(t, x_n, x_a, x_b, y_n, y_a, y_b)
     apply_keys_kernel[(n * call_blocks * key_blocks,)](
@@ -490,12 +510,16 @@ def _strides(x: torch.Tensor) -> tuple[int, ...]:
     return tuple(stride if side > 1 else 0 for stride, side in zip(x.stride(), x.shape, strict=True))
 
 
-def _tile(number: int, most: int) -> tuple[int, int]:
-    """Of so many fragments in a row: how many a tile has (a power of two up to `most`), and how many tiles there are.
+def _tile_of(x: torch.Tensor) -> int:
+    return TILE // 2 if x.dtype == torch.float64 else TILE
+
+
+def _tile(number: int) -> tuple[int, int]:
+    """Of so many fragments in a row: how many a tile has (a power of two up to 128), and how many tiles there are.
 
     The longest whose last tile wastes at most a sixteenth; else the one that wastes least, at least 8.
     """
-    longest = min(most, triton.next_power_of_2(number))
+    longest = min(128, triton.next_power_of_2(number))
     lengths = [length for length in (128, 64, 32, 16, 8, 4, 2, 1) if min(8, longest) <= length <= longest]
     padded = {length: triton.cdiv(number, length) * length for length in lengths}
     fitting = [length for length in lengths if padded[length] * 16 <= number * 17]
