@@ -7,6 +7,7 @@ storage (`meta`), everything that one forward of the op launches; `minimum` is w
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
@@ -16,8 +17,10 @@ import torch
 from machine.copying import copy
 from machine.recording import meta
 
+from autodropout.kernels import batch_norm_triton
 from autodropout.kernels import bernoulli_triton
 from autodropout.kernels import block_triton
+from autodropout.kernels import residual_triton
 from autodropout.kernels import tiled_triton
 from autodropout.kernels import token_triton
 from autodropout.kernels.atlas import Atlas
@@ -27,16 +30,11 @@ from autodropout.kernels.token import by_token
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Outputs of batch normalisation, batch by channels by height by width.
-MAPS = {
-    "WRN-28-10, CIFAR": [(128, 160, 32, 32), (128, 320, 16, 16), (128, 640, 8, 8)],
-    "ResNet-50, ImageNet": [
-        (32, 64, 112, 112),
-        (32, 256, 56, 56),
-        (32, 512, 28, 28),
-        (32, 1024, 14, 14),
-        (32, 2048, 7, 7),
-    ],
-}
+WRN_28_10 = [(128, 160, 32, 32), (128, 320, 16, 16), (128, 640, 8, 8)]
+RESNET_50 = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7)]
+# One map of each size of planes: large, middle, and one that no power of two divides. For ops whose code depends on
+# the map in no other way.
+SOME_MAPS = [(128, 160, 32, 32), (32, 256, 56, 56), (32, 2048, 7, 7)]
 # Transformer-XL on WikiText-103, base and large: tokens by batch by width; batch by heads by queries by keys.
 ACTIVATIONS = [(150, 60, 410), (384, 16, 1024)]
 ATTENTION = [(60, 10, 150, 300), (16, 16, 384, 768)]
@@ -85,13 +83,17 @@ def scalar() -> torch.Tensor:
     return torch.empty((), dtype=torch.float64, device="meta")
 
 
-def maps() -> Iterator[tuple[tuple[int, int, int, int], str, str, torch.Tensor]]:
-    """All maps in both layouts and dtypes: shape, layout, dtype, and the activation without storage."""
-    for shapes in MAPS.values():
-        for shape in shapes:
-            for layout in ("contiguous", "channels_last"):
-                for name, dtype in DTYPES.items():
-                    yield shape, layout, name, meta(*shape, dtype=dtype, channels_last=layout == "channels_last")
+Map = tuple[int, int, int, int]
+
+
+def maps(
+    shapes: Iterable[Map], layouts: Iterable[str] = ("contiguous", "channels_last")
+) -> Iterator[tuple[Map, str, str, torch.Tensor]]:
+    """Maps in all layouts and dtypes: shape, layout, dtype, and the activation without storage."""
+    for shape in shapes:
+        for layout in layouts:
+            for name, dtype in DTYPES.items():
+                yield shape, layout, name, meta(*shape, dtype=dtype, channels_last=layout == "channels_last")
 
 
 def copies() -> Iterator[Case]:
@@ -104,7 +106,7 @@ def copies() -> Iterator[Case]:
 
 def tiled() -> Iterator[Case]:
     """One placement per sample and channel, scale by the realised mask."""
-    for shape, layout, dtype, x in maps():
+    for shape, layout, dtype, x in maps(WRN_28_10 + RESNET_50):
         n, c, height, width = shape
         atlas = Atlas.of(0.25, 0.25, 3, 30.0, 0.1, 0.0, height, width)
 
@@ -119,7 +121,7 @@ def block() -> Iterator[Case]:
 
     Programs draw the blocks of 32 planes together, so many times as the fullest needs, and every block in full.
     """
-    for shape, layout, dtype, x in maps():
+    for shape, layout, dtype, x in maps(SOME_MAPS):
         height, width = shape[2:]
         blocks = geometry(0.1, 7, height, width)
         calls = -(-((len(blocks.thresholds) + 1) // 2) // block_triton.CALLS)
@@ -155,9 +157,11 @@ def bernoulli() -> Iterator[Case]:
         size = x.element_size()
         return Case(name, tuple(x.shape), layout, dtype, run, (size, size))
 
-    for name, shared in (("dropout", ()), ("spatial dropout", (2, 3)), ("drop path", (1, 2, 3))):
-        for _, layout, dtype, x in maps():
-            yield case(name, layout, dtype, x, shared)
+    for _, layout, dtype, x in maps(SOME_MAPS):
+        yield case("dropout", layout, dtype, x, ())
+        yield case("spatial dropout", layout, dtype, x, (2, 3))
+    for _, layout, dtype, x in maps(SOME_MAPS, ["contiguous"]):
+        yield case("drop path", layout, dtype, x, (1, 2, 3))
     for shape in (*ACTIVATIONS, *ATTENTION):
         for name, dtype in DTYPES.items():
             yield case("dropout", "contiguous", name, meta(*shape, dtype=dtype), ())
@@ -185,7 +189,46 @@ def token() -> Iterator[Case]:
                 yield Case(name, shape, layout, dtype_name, run, (dtype.itemsize, dtype.itemsize))
 
 
-OPS: tuple[Callable[[], Iterator[Case]], ...] = (copies, tiled, block, bernoulli, token)
+def batch_norm() -> Iterator[Case]:
+    """batch_norm, tiled pattern, ReLU. Each direction has to finish its sums before it writes its first element, so
+    that x (in backward: and grad) is needed twice."""
+    for shape, layout, dtype, x in maps(SOME_MAPS):
+        n, c, height, width = shape
+        atlas = Atlas.of(0.25, 0.25, 3, 30.0, 0.1, 0.0, height, width)
+        of_channels = tuple(meta(c, dtype=torch.float32) for _ in range(4))
+        starts = meta(n, c, dtype=torch.int32)
+
+        def forward(x: torch.Tensor = x, atlas: Atlas = atlas, of_channels: Any = of_channels) -> None:
+            drawn = tiled_triton.draw(seed(), x.shape[0], x.shape[1], atlas, False, "mask", 0)
+            batch_norm_triton.forward(x, *of_channels[:2], atlas, *drawn, 1e-5)
+
+        def backward(x: torch.Tensor = x, atlas: Atlas = atlas, more: Any = (of_channels, starts)) -> None:
+            batch_norm_triton.backward(torch.empty_like(x), x, *more[0], atlas, more[1], scalar())
+
+        size = x.element_size()
+        yield Case("batch norm + tiled + ReLU", shape, layout, dtype, forward, (2 * size, size))
+        yield Case("batch norm + tiled + ReLU, backward", shape, layout, dtype, backward, (4 * size, size))
+
+
+def residual() -> Iterator[Case]:
+    """residual + DropPath(x), and residual + tiled pattern of x."""
+    for shape, layout, dtype, x in maps(SOME_MAPS):
+        n, c, height, width = shape
+        atlas = Atlas.of(0.25, 0.25, 3, 30.0, 0.1, 0.0, height, width)
+
+        def paths(x: torch.Tensor = x) -> None:
+            residual_triton.add_scaled_samples(x, torch.empty_like(x), meta(x.shape[0], dtype=torch.float32))
+
+        def tiles(x: torch.Tensor = x, atlas: Atlas = atlas, n: int = n, c: int = c) -> None:
+            drawn = tiled_triton.draw(seed(), n, c, atlas, False, "mask", 0)
+            residual_triton.add_tiled(x, torch.empty_like(x), atlas, *drawn)
+
+        size = x.element_size()
+        yield Case("residual + drop path", shape, layout, dtype, paths, (2 * size, size))
+        yield Case("residual + tiled", shape, layout, dtype, tiles, (2 * size, size))
+
+
+OPS: tuple[Callable[[], Iterator[Case]], ...] = (copies, tiled, block, bernoulli, token, batch_norm, residual)
 
 
 def cases() -> list[Case]:

@@ -30,7 +30,8 @@ forward of an op: all its kernels together, the small ones that draw included. `
 
 - **Bytes** per element of the activation, moved / needed. Needed is what the op must read and write. Moved is what its
   loads and stores ask for, over all programs, but of each tensor at most its size for every load or store in the
-  program: a program that reads a tensor twice moves it twice, a table that all programs read is moved once.
+  program: a program that reads a tensor twice moves it twice, a table that all programs read is moved once. Buffers
+  that PyTorch zeroes or copies on the way are included.
 - **Width**: bytes of the access that most bytes of the loads / of the stores go through, in the kernel that moves most,
   on the target where it is narrowest.
 - **Instructions** per element: executed by a thread, times threads, over all programs and kernels, divided by the
@@ -65,10 +66,7 @@ def page(rows: list[Row], skipped: dict[str, str], of: dict[str, str]) -> str:
     for op in dict.fromkeys(row["op"] for row in rows):
         of_op = [row for row in rows if row["op"] == op]
         parts += [f"## {op}\n", *_cases(of_op, targets), "", *_kernels(of_op), ""]
-    parts += [
-        "## Sources\n",
-        "Fingerprints of the parsed files, comments left out, that these figures were read from.\n",
-    ]
+    parts += ["## Sources\n", "What the figures were read from, with fingerprints that comments do not change.\n"]
     parts += [f"- `{file}` {fingerprint}" for file, fingerprint in of.items()]
     return "\n".join(parts) + "\n"
 

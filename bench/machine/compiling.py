@@ -159,7 +159,8 @@ def _read_cuda(compiled: Any, target: str, file: str) -> MachineCode:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
-        listing = sass.read(_run("nvdisasm", "-c", "-gi", cubin.name), file)
+        # Without its data flow analysis nvdisasm prints the same in two thirds of the time.
+        listing = sass.read(_run("nvdisasm", "-c", "-gi", "-ndf", cubin.name), file)
     found, loops = segments(listing)
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     spills = sum(1 for one in listing.instructions if (sass.access(one.opcode) or ("",))[0] == "spill")

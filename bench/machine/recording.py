@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import jit
 
 
@@ -51,6 +52,27 @@ def recorded() -> Iterator[list[Launch]]:
 
     with mock.patch.object(jit.JITFunction, "run", run):
         yield launches
+
+
+class OtherPasses(TorchDispatchMode):
+    """Bytes that PyTorch's own ops read and write inside the block: buffers that are zeroed, what is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded = 0
+        self.stored = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        returned = func._schema.returns
+        is_view = bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+        if isinstance(result, torch.Tensor) and not is_view and "empty" not in func._schema.name:
+            self.stored += result.numel() * result.element_size()
+            # What an op writes in place it does not read first, as far as the launchers go: copy_, fill_, zero_.
+            first = 1 if returned[0].alias_info is not None else 0
+            inputs = [one for one in args[first:] if isinstance(one, torch.Tensor)]
+            self.loaded += sum(one.numel() * one.element_size() for one in inputs)
+        return result
 
 
 def missing_internals() -> str | None:
