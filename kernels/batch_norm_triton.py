@@ -59,6 +59,7 @@ def _sum_of_tile(tile):
 
 
 # ---- forward -------------------------------------------------------------------------------------------------------
+# Of a number that is loaded alone, the scale, the alignment does not matter: it must not make another variant.
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def finish_moments_kernel(
     tl.store(result_ptr + 2 * channels + channel, squares / (size - 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_ptr"])
 def forward_kernel(
     x_ptr,
     y_ptr,  # as x, written
@@ -209,7 +210,7 @@ def _gradient_of_bn(grad, x, kept, mean, slope, bias, scale):
     return centred, tl.where(kept & ~(bn <= 0.0), grad * scale, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_ptr"])
 def sums_kernel(
     x_ptr,
     grad_ptr,  # in the memory format of x
@@ -295,7 +296,7 @@ def finish_sums_kernel(
     tl.store(result_ptr + channels + channel, of_weight * rstd, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_ptr"])
 def backward_kernel(
     x_ptr,
     grad_ptr,  # in the memory format of x
