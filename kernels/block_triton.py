@@ -40,8 +40,9 @@ from .block import Geometry
 TILE = 4096
 WARPS = 4
 
-# Planes of a program of the draw, which is one warp: it makes as many calls of Philox as its fullest plane needs.
-DRAW_BLOCK = 32
+# Planes of a program of the draw, which is one warp, one plane a lane: it makes as many calls of Philox as its fullest
+# plane needs.
+DRAW_BLOCK = 64 if torch.version.hip else 32
 
 # Calls of Philox that a program makes at most, two blocks each. Where planes are large and few, more programs share
 # the blocks of a plane; all of them draw its number of blocks.
@@ -104,8 +105,9 @@ def draw_blocks_kernel(
     BLOCK: tl.constexpr,
     CALLS: tl.constexpr,
 ):
-    # There may be 2^31 planes and more. One division in 64 bits finds the sample of the first, 32 bits do for the rest.
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    # There may be 2^31 planes and more: then `planes` comes in 64 bits, and the division that finds the sample of the
+    # first is one in 64 bits (100 instructions more); 32 bits do for the rest.
+    first = (tl.program_id(0) + (planes - planes)) * BLOCK
     inside = first + tl.arange(0, BLOCK) < planes
     first_sample = first // channels
     channel = (first - first_sample * channels).to(tl.int32) + tl.arange(0, BLOCK)
@@ -129,8 +131,9 @@ def draw_blocks_kernel(
     else:
         corner = sample.to(tl.int64) * pitch + channel.to(tl.int64) * cells + copy * cells
     dropped = zero
+    most = tl.max(number)
     first_call = tl.program_id(1) // copies * CALLS
-    for call in range(first_call, tl.minimum(first_call + CALLS, (tl.max(number) + 1) // 2)):
+    for call in range(first_call, tl.minimum(first_call + CALLS, (most + 1) // 2)):
         w0, w1, w2, w3 = tl.philox(seed, channel, zero + (1 + call), sample, zero + rank)
         for j in tl.static_range(2):
             there = 2 * call + j < number
@@ -138,8 +141,9 @@ def draw_blocks_kernel(
                 place = corner + (_below(w0, zero + tops) * width + _below(w1, zero + lefts))
             else:
                 place = corner + (_below(w2, zero + tops) * width + _below(w3, zero + lefts))
+            # A program without a second block is common on small maps.
             before = tl.load(run_ptr) * 0
-            for k in range(words):
+            for k in range(tl.where(2 * call + j < most, words, 0)):
                 now = tl.load(run_ptr + k)
                 if INTERLEAVED:
                     value = (((now << 8) | before) >> (8 - (place & 7).to(tl.int32))) & 0xFF
@@ -164,7 +168,7 @@ def draw_blocks_kernel(
         # Release and acquire: who sees all the others' arrivals sees their sums.
         arrived = tl.atomic_add(totals_ptr + 1, 1)
         if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
-            size = planes.to(tl.int64) * cells
+            size = tl.full((), 1, tl.int64) * planes * cells  # an argument of 1 is a constant and has no `to`
             kept = size - tl.atomic_add(totals_ptr, 0)
             quotient = size.to(tl.float64) / tl.maximum(kept, 1).to(tl.float64)
             tl.store(scale_ptr, tl.where(kept > 0, quotient, 0.0))
@@ -185,12 +189,14 @@ def apply_bits_kernel(
     GRAIN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    run = run_units.to(tl.int64) * GRAIN
+    run = tl.full((), GRAIN, tl.int64) * run_units
     fragment = tl.arange(0, TILE // 8)
     if SHARED:
         sample = (tl.program_id(0) // tiles).to(tl.int64)
         first = (tl.program_id(0) % tiles).to(tl.int64) * TILE
-        cell = ((first % cells).to(tl.int32) + fragment * 8) % cells
+        # Unsigned, as a remainder of signed numbers takes a third more.
+        cell = ((first % cells).to(tl.int32) + fragment * 8).to(tl.uint32) % (fragment * 0 + cells).to(tl.uint32)
+        cell = cell.to(tl.int32)
         byte = bits_ptr + sample * pitch + (cell >> 3)
         bits = tl.load(byte).to(tl.int32)
         if not ALIGNED:
