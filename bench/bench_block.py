@@ -1,4 +1,4 @@
-"""DropBlock on the CPU against a plain multiply and its peers, fp32, rate 0.1, block 7: `pytest bench/bench_block.py`.
+"""DropBlock against a plain multiply and its peers, rate 0.1, block 7: `pytest bench/bench_block.py`.
 
 The unit is the time of `x * 2`, one read and one write of the activation, measured in the same round. Peers: DropBlock
 of torchvision, and of timm with blocks of their own for every channel, as ours and torchvision's have, and with those
@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from clock import DEVICE
+from clock import DTYPES
 from conftest import Report
 from interleaved import interleaved
 from timm.layers import drop_block_2d as timm_drop_block
@@ -21,6 +23,7 @@ from torchvision.ops import drop_block2d
 
 from autodropout.kernels import block_dropout
 
+TESTS = ("test_block.py",)
 SHAPES = [(128, 160, 32, 32), (128, 320, 16, 16), (128, 640, 8, 8), (32, 256, 56, 56)]
 FIELDS = (0.1, 7)
 ROUNDS = 5
@@ -35,25 +38,27 @@ PEERS: dict[str, Forward] = {
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
+def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, dtype=dtype, device=DEVICE)
     contenders: dict[str, Callable[[], object]] = {"x * 2": lambda: x * 2}
-    contenders |= {name: lambda forward=forward: forward(x) for name, forward in PEERS.items()}  # type: ignore[misc]
-    medians = interleaved(benchmark, lambda: block_dropout(x, FIELDS), contenders, ROUNDS)
-    report.add("DropBlock, forward", shape, "", medians)
+    contenders |= {name: lambda forward=forward: forward(x) for name, forward in PEERS.items()}
+    timings = interleaved(benchmark, lambda: block_dropout(x, FIELDS), contenders, ROUNDS)
+    report.add("DropBlock, forward", shape, "", timings, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def bench_forward_backward(benchmark: Any, report: Report, shape: tuple[int, ...]) -> None:
+def bench_forward_backward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """`both` is forward and backward of the unit itself: what two live results cost on this heap."""
-    x = torch.randn(shape).requires_grad_()
-    upstream = torch.randn(shape)
+    x = torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_()
+    upstream = torch.randn(shape, dtype=dtype, device=DEVICE)
 
     def both(forward: Forward) -> Callable[[], object]:
         return lambda: torch.autograd.grad(forward(x), x, upstream)
 
     contenders: dict[str, Callable[[], object]] = {"x * 2": lambda: x.detach() * 2, "both": both(lambda x: x * 2)}
     contenders |= {name: both(forward) for name, forward in PEERS.items()}
-    medians = interleaved(benchmark, both(lambda x: block_dropout(x, FIELDS)), contenders, ROUNDS)
-    report.add("DropBlock, forward + backward", shape, "", medians)
+    timings = interleaved(benchmark, both(lambda x: block_dropout(x, FIELDS)), contenders, ROUNDS)
+    report.add("DropBlock, forward + backward", shape, "", timings, dtype)
