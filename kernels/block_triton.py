@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -268,7 +269,7 @@ class Run:
         run[:, :columns] = 1
         flat = run.reshape(-1)[: (rows - 1) * width + columns]
 
-        def packed(bits: int) -> np.ndarray:
+        def packed(bits: int) -> np.ndarray[Any, Any]:
             # Shifted by up to bits - 1; nothing is left to the word behind.
             padded = np.zeros(math.ceil((len(flat) + bits - 1) / bits) * bits, dtype=np.uint8)
             padded[: len(flat)] = flat
@@ -354,9 +355,14 @@ def apply(
 
 
 def _apply_contiguous(
-    x: torch.Tensor, y: torch.Tensor, blocks: Geometry, seed: torch.Tensor, scale: torch.Tensor, share_c: bool,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    blocks: Geometry,
+    seed: torch.Tensor,
+    scale: torch.Tensor,
+    share_c: bool,
     rank: int,
-) -> None:  # fmt: skip
+) -> None:
     n, c, height, width = x.shape
     cells = height * width
     aligned = cells % 8 == 0
@@ -379,9 +385,14 @@ def _apply_contiguous(
 
 
 def _apply_channels_last(
-    x: torch.Tensor, y: torch.Tensor, blocks: Geometry, seed: torch.Tensor, scale: torch.Tensor, share_c: bool,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    blocks: Geometry,
+    seed: torch.Tensor,
+    scale: torch.Tensor,
+    share_c: bool,
     rank: int,
-) -> None:  # fmt: skip
+) -> None:
     n, c, height, width = x.shape
     cells = n * height * width
     fragments = triton.cdiv(cells, 8)
