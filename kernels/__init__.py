@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .block import block_dropout
     from .residual import drop_path_add
     from .residual import tiled_dropout_add
+    from .softmax import softmax_token_dropout
     from .tiled import tiled_dropout
     from .token import token_dropout
 
@@ -25,6 +26,7 @@ __all__ = [
     "bernoulli_dropout",
     "block_dropout",
     "drop_path_add",
+    "softmax_token_dropout",
     "tiled_dropout",
     "tiled_dropout_add",
     "token_dropout",
@@ -36,6 +38,7 @@ _HOMES = {
     "bernoulli_dropout": "bernoulli",
     "block_dropout": "block",
     "drop_path_add": "residual",
+    "softmax_token_dropout": "softmax",
     "tiled_dropout": "tiled",
     "tiled_dropout_add": "residual",
     "token_dropout": "token",
