@@ -16,6 +16,8 @@ Bytes per element of size s: forward 3 s, backward 5 s; the partial results are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -93,7 +95,7 @@ def moments_kernel(
     mean = tl.zeros([CHANNELS, FRAGMENTS, 8], compute)
     squares = tl.zeros([CHANNELS, FRAGMENTS, 8], compute)
     weights = tl.zeros([1, FRAGMENTS, 8], compute)
-    count = 0
+    count = first * 0
     for begin in range(0, fragments, FRAGMENTS):
         cell = ((begin + tl.arange(0, FRAGMENTS)) * 8)[None, :, None] + lane[None, None, :]
         inside = (channel < channels)[:, None, None] & (cell < cells)
@@ -385,7 +387,7 @@ def forward(
         return torch.empty_like(x).copy_(y), moments[0], moments[1], moments[2]
     n, c, height, width = x.shape
     plan = _Plan(x, atlas)
-    of_channels = {"dtype": compute_type(x), "device": x.device}
+    of_channels: dict[str, Any] = {"dtype": compute_type(x), "device": x.device}
     partial = torch.empty((2, plan.chunks, c), **of_channels)
     moments_kernel[(plan.channel_blocks * plan.chunks,)](
         x, partial, n, plan.samples_of_chunk, plan.chunks, *plan.units, plan.plain_fragments,

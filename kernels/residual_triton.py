@@ -43,13 +43,14 @@ def add_scaled_samples_kernel(
     inside = within < elements
     factor = tl.load(factor_ptr + sample)
     kept = factor != 0.0
-    x = tl.load(x_ptr + offset, mask=inside & kept, other=0.0).to(factor.dtype)
+    x = tl.load(x_ptr + offset, mask=within < tl.where(kept, elements, 0), other=0.0).to(factor.dtype)
     residual = tl.load(residual_ptr + offset, mask=inside).to(factor.dtype)
     y = tl.where(kept, residual + x * factor, residual)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Of a number that is loaded alone the alignment does not matter.
+@triton.jit(do_not_specialize=["scale_ptr"])
 def add_tiled_kernel(
     x_ptr,  # (N, C, H, W), in the order of memory N, C, H, W or N, H, W, C
     residual_ptr,  # in the memory format of x

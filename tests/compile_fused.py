@@ -1,0 +1,127 @@
+"""Compiles the Triton kernels of the fused neighbours for devices that need not be there: one JSON object a line.
+
+A script, to be run without TRITON_INTERPRET:
+
+    python tests/compile_fused.py compile     what the kernels of each job consist of
+    python tests/compile_fused.py keys        how many specialisation keys 50 launches of each kernel have
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from machine.compiling import bind
+from machine.compiling import compile_launch
+from machine.recording import Launch
+from machine.recording import meta
+from machine.recording import missing_internals
+from machine.recording import recorded
+
+from autodropout.kernels import batch_norm_triton
+from autodropout.kernels import residual_triton
+from autodropout.kernels.atlas import Atlas
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The last has 2^32 + 2^22 elements; it is only compiled for.
+SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (4, 16, 224, 224), (4100, 1024, 32, 32)]
+
+Job = tuple[tuple[int, int, int, int], bool, str, str]  # shape, channels_last, dtype, target
+
+
+def jobs() -> list[Job]:
+    first, large, rows, huge = SHAPES
+    return [
+        (first, False, "bf16", "sm_90"),
+        (first, True, "bf16", "sm_90"),
+        (first, False, "fp64", "sm_90"),
+        (large, False, "fp32", "sm_90"),
+        (rows, False, "bf16", "sm_90"),
+        (huge, False, "bf16", "sm_90"),
+        (first, False, "fp32", "gfx942"),
+        (first, True, "bf16", "gfx942"),
+    ]
+
+
+def launches(shape: tuple[int, ...], last: bool, dtype: str, atlas: Atlas, seed: int = 0) -> list[Launch]:
+    """All that forward and backward of all ops launch."""
+    n, c = shape[:2]
+    x = meta(*shape, dtype=DTYPES[dtype], channels_last=last)
+    compute = torch.float64 if dtype == "fp64" else torch.float32
+    weight, factor = meta(c, dtype=compute), meta(n, dtype=compute)
+    # Views into a larger tensor are aligned like numbers of their type only.
+    starts, scale = meta(n, c, dtype=torch.int32), meta(2, dtype=torch.float64)[seed % 2]
+    with recorded() as found:
+        _, mean, rstd, _ = batch_norm_triton.forward(x, weight, weight, atlas, starts, scale, 1e-5 * (1 + seed))
+        batch_norm_triton.backward(x, x, weight, weight, mean, rstd, atlas, starts, scale)
+        residual_triton.add_tiled(x, x, atlas, starts, scale)
+        residual_triton.add_scaled_samples(x, x, factor)
+    return found
+
+
+def wide_offsets(ttir: str, pointers: tuple[str, ...]) -> bool:
+    """Whether every tensor of offsets that is added to these pointers is one of int64."""
+    sources = dict(re.findall(r"(%[\w#]+) = tt\.(?:splat|broadcast|expand_dims) (%[\w#]+)", ttir))
+    types = []
+    for base, offset in re.findall(r"tt\.addptr (%[\w#]+), .*x(i\d+)(?:, #\w+)?>", ttir):
+        while base in sources:
+            base = sources[base]
+        if base.removeprefix("%") in pointers:
+            types.append(offset)
+    return set(types) == {"i64"}
+
+
+def compile_job(job: Job) -> list[dict[str, Any]]:
+    shape, last, dtype, target = job
+    rows = []
+    for launch in launches(shape, last, dtype, Atlas.of(0.25, 0.25, 3, 30.0, 0.1, 0.0, *shape[2:])):
+        code = compile_launch(launch, target)
+        rows.append(
+            {
+                "kernel": launch.name,
+                "shape": "x".join(map(str, shape)),
+                "layout": "channels_last" if last else "contiguous",
+                "dtype": dtype,
+                "target": target,
+                "run": (shape[1] if last else shape[2] * shape[3]) * DTYPES[dtype].itemsize,
+                "registers": code.registers,
+                "spills": code.spills,
+                "scratch": code.scratch,
+                "loads": dict(code.by_width("load")),
+                "stores": dict(code.by_width("store")),
+                "wide": wide_offsets(code.ttir, ("x_ptr", "grad_ptr", "residual_ptr", "y_ptr", "dx_ptr")),
+            }
+        )
+    return rows
+
+
+def keys() -> dict[str, Any]:
+    found: dict[str, set[str]] = {}
+    for i in range(50):
+        atlas = Atlas.of(0.01 * i, 0.2, i % 5, 7.0 * i, 0.1, 0.0, 12, 10)
+        for launch in launches((4, 6, 12, 10), False, "fp32", atlas, i):
+            found.setdefault(launch.name, set()).add(bind(launch, "sm_90")[3])
+    return {name: len(different) for name, different in found.items()}
+
+
+def main() -> None:
+    missing = missing_internals()
+    if missing is not None:
+        print(json.dumps({"missing": missing}))
+    elif sys.argv[1] == "keys":
+        print(json.dumps(keys()))
+    else:
+        for job in jobs():
+            for row in compile_job(job):
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What the compiler makes of the kernels of the fused neighbours. Needs no GPU; compiled in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "compile_fused.py"
+
+pytest.importorskip("triton")
+
+OVER_ACTIVATIONS = {
+    "moments_kernel",
+    "forward_kernel",
+    "sums_kernel",
+    "backward_kernel",
+    "add_tiled_kernel",
+    "add_scaled_samples_kernel",
+}
+WRITING = OVER_ACTIVATIONS - {"moments_kernel", "sums_kernel"}
+
+
+def run(*command: str) -> list[dict[str, Any]]:
+    """The JSON lines of the script; skipped if this Triton lacks what it needs."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, SCRIPT, *command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    if "missing" in lines[0]:
+        pytest.skip(lines[0]["missing"])
+    return lines
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    return run("compile")
+
+
+def label(row: dict[str, Any]) -> str:
+    return " ".join(str(row[name]) for name in ("kernel", "shape", "layout", "dtype", "target"))
+
+
+def test_nothing_is_spilled(compiled: list[dict[str, Any]]) -> None:
+    """With 128 registers four programs of 128 threads fit on a processor of 65,536; float64 takes twice the space."""
+    assert {row["kernel"] for row in compiled} >= OVER_ACTIVATIONS
+    for row in compiled:
+        assert row["spills"] == row["scratch"] == 0, label(row)
+        assert row["registers"] <= (255 if row["dtype"] == "fp64" else 128), label(row)
+
+
+def test_accesses_are_as_wide_as_memory_allows(compiled: list[dict[str, Any]]) -> None:
+    """All of these runs of memory are divisible by 16 bytes. What is stored is activations alone."""
+    for row in compiled:
+        assert row["run"] % 16 == 0
+        if row["kernel"] in OVER_ACTIVATIONS:
+            assert row["loads"].get("16", 0) > 0, label(row)
+        if row["kernel"] in WRITING:
+            assert set(row["stores"]) == {"16"}, label(row)
+
+
+def test_activations_are_addressed_with_64_bits(compiled: list[dict[str, Any]]) -> None:
+    for row in compiled:
+        if row["kernel"] in OVER_ACTIVATIONS:
+            assert row["wide"], label(row)
+
+
+def test_no_recompilation_when_pattern_scale_or_eps_change() -> None:
+    (found,) = run("keys")
+    assert found.keys() > OVER_ACTIVATIONS
+    assert set(found.values()) == {1}, found
