@@ -21,6 +21,7 @@ from autodropout.kernels import batch_norm_triton
 from autodropout.kernels import bernoulli_triton
 from autodropout.kernels import block_triton
 from autodropout.kernels import residual_triton
+from autodropout.kernels import softmax_triton
 from autodropout.kernels import tiled_triton
 from autodropout.kernels import token_triton
 from autodropout.kernels.atlas import Atlas
@@ -32,9 +33,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Outputs of batch normalisation, batch by channels by height by width.
 WRN_28_10 = [(128, 160, 32, 32), (128, 320, 16, 16), (128, 640, 8, 8)]
 RESNET_50 = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7)]
-# One map of each size of planes: large, middle, and one that no power of two divides. For ops whose code depends on
-# the map in no other way.
-SOME_MAPS = [(128, 160, 32, 32), (32, 256, 56, 56), (32, 2048, 7, 7)]
+# Of each network the map that is most unlike the others: large planes, and planes that no power of two divides. For ops
+# whose code depends on the map as that of the tiled op does.
+SOME_MAPS = [WRN_28_10[0], RESNET_50[-1]]
 # Transformer-XL on WikiText-103, base and large: tokens by batch by width; batch by heads by queries by keys.
 ACTIVATIONS = [(150, 60, 410), (384, 16, 1024)]
 ATTENTION = [(60, 10, 150, 300), (16, 16, 384, 768)]
@@ -228,7 +229,26 @@ def residual() -> Iterator[Case]:
         yield Case("residual + tiled", shape, layout, dtype, tiles, (2 * size, size))
 
 
-OPS: tuple[Callable[[], Iterator[Case]], ...] = (copies, tiled, block, bernoulli, token, batch_norm, residual)
+def softmax() -> Iterator[Case]:
+    """softmax, then a token pattern with a decision an element, on attention scores."""
+    fields = torch.tensor([4.0, 4.0, 0.3], dtype=torch.float64)
+    for shape in ATTENTION:
+        for name, dtype in DTYPES.items():
+            x = meta(*shape, dtype=dtype)
+
+            def forward(x: torch.Tensor = x) -> None:
+                softmax_triton.forward(x, fields, seed(), scalar(), False, False, 0)
+
+            def backward(x: torch.Tensor = x) -> None:
+                rows = (meta(*x.shape[:3], dtype=torch.float32) for _ in range(2))
+                softmax_triton.backward(torch.empty_like(x), x, *rows, fields, seed(), scalar(), False, False, 0)
+
+            size = x.element_size()
+            yield Case("softmax + token", shape, "NHQK", name, forward, (size, size))
+            yield Case("softmax + token, backward", shape, "NHQK", name, backward, (2 * size, size))
+
+
+OPS: tuple[Callable[[], Iterator[Case]], ...] = (copies, tiled, block, bernoulli, token, batch_norm, residual, softmax)
 
 
 def cases() -> list[Case]:

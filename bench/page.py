@@ -39,7 +39,8 @@ forward of an op: all its kernels together, the small ones that draw included. `
   one of the vector units. Loops are found in the control flow of the machine code and recognised by their source lines;
   how often they turn follows from the arguments of the launch, or is stated in `bench/launches.py` where data decide.
   Both sides of every branch count, a called subroutine counts at each call, lanes that are masked off count, the rest
-  of an unrolled loop counts in full: an upper bound.
+  of an unrolled loop counts in full: an upper bound. Loops that only the compiler knows go through the lanes of a warp,
+  once a lane; or try an atomic again, which is taken to succeed at once.
 - **Bound**: M (memory) or I (issue), whichever takes longer, and the time of issue in percent of the time of memory:
 
       memory = bytes moved / bandwidth

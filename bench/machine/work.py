@@ -31,7 +31,8 @@ class Work:
         moved: bytes between the kernel and memory by argument and kind, if every access of the program reads or writes
             its argument once: what is asked for, but at most the size of the argument.
         lane_loops: loops of the machine code that are not in the program. Compilers make them to go through the lanes
-            of a warp, so they are counted with one turn a lane.
+            of a warp, so they are counted with one turn a lane; or to try an atomic until nothing came between, which
+            is counted as succeeding at once.
     """
 
     launch: Launch
@@ -80,7 +81,7 @@ def work_of(launch: Launch, code: MachineCode, turns: dict[int, float] | None = 
     if missing:
         raise ValueError(f"{launch.name}: how often loops {missing} of {len(known)} turn must be given")
     of_program = [one for one in known if one is not None]
-    trips, lane_loops = _trips(code, program, of_program)
+    trips, lane_loops = turns_of(code, program, of_program)
 
     opcodes: Counter[str] = Counter()
     asked: Counter[str] = Counter()
@@ -114,7 +115,7 @@ def _moved(launch: Launch, program: Program, turns: list[float], bound: dict[str
     return dict(moved)
 
 
-def _trips(code: MachineCode, program: Program, turns: list[float]) -> tuple[list[float], int]:
+def turns_of(code: MachineCode, program: Program, turns: list[float]) -> tuple[list[float], int]:
     """How often each loop of the machine code turns, and how many of them are not in the program.
 
     A loop of the program can appear as several loops of the machine code: one that does many turns at once, and one for
@@ -128,7 +129,7 @@ def _trips(code: MachineCode, program: Program, turns: list[float]) -> tuple[lis
             around = code.loops[around].parent
         # Inside of itself a loop cannot be: this one was made by the compiler.
         source[place] = found if around == -1 else -1
-    trips = [float(code.warp_size)] * len(code.loops)
+    trips = [1.0 if _retries(code, place) else float(code.warp_size) for place in range(len(code.loops))]
     groups: dict[tuple[int, int], list[int]] = {}
     for place, found in enumerate(source):
         if found != -1:
@@ -144,6 +145,12 @@ def _trips(code: MachineCode, program: Program, turns: list[float]) -> tuple[lis
             trips[place] = left / at_once[place] if last else float(left // at_once[place])
             left -= trips[place] * at_once[place]
     return trips, source.count(-1)
+
+
+def _retries(code: MachineCode, loop: int) -> bool:
+    """Whether a loop tries a compare-and-swap until it succeeds."""
+    opcodes = (opcode for segment in code.segments if segment.loop == loop for opcode in segment.opcodes)
+    return any("cmpswap" in opcode or ".CAS" in opcode for opcode in opcodes)
 
 
 def _asked(code: MachineCode, loop: int) -> float:
