@@ -55,9 +55,16 @@ def why_skipped(target: str) -> str | None:
     return None
 
 
-def row(place: int, target: str) -> Row:
-    """One row of the table: a case, by its place in `launches.cases()`, on a target."""
+def row(place: int, target: str) -> Row | str:
+    """One row of the table: a case, by its place in `launches.cases()`, on a target; or why there is none."""
     case = _cases()[place]
+    try:
+        return _row(case, target)
+    except Exception as error:  # of compilers, and code that cannot be counted
+        return f"{case.name} on {target}: " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _row(case: launches.Case, target: str) -> Row:
     with recorded():
         case.run()  # once for the tables that are made and copied to the device in the first call
     with OtherPasses() as passes, recorded() as found:
@@ -184,15 +191,19 @@ def main() -> int:
     places = [place for place, case in enumerate(_cases()) if arguments.only in case.name]
     jobs = [(place, target) for place in places for target in targets if target not in skipped]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(row, *zip(*jobs, strict=True), chunksize=1)) if jobs else []
+        done = list(pool.map(row, *zip(*jobs, strict=True), chunksize=1)) if jobs else []
+    rows = [one for one in done if not isinstance(one, str)]
+    failed = [one for one in done if isinstance(one, str)]
     print("\n".join(table(rows)))
     for target, reason in skipped.items():
         print(f"\n{target} was skipped: {reason}")
+    for reason in failed:
+        print(f"\nno row for {reason}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     if arguments.page:
-        write_page(rows, skipped)
-    return 0
+        write_page(rows, skipped, failed)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -53,17 +53,18 @@ forward of an op: all its kernels together, the small ones that draw included. `
 """
 
 
-def write_page(rows: list[Row], skipped: dict[str, str]) -> None:
-    """Replaces docs/machine-code.md; `skipped` are targets without rows, with the reason."""
-    PAGE.write_text(page(rows, skipped, sources(ROOT)))
+def write_page(rows: list[Row], skipped: dict[str, str], failed: list[str]) -> None:
+    """Replaces docs/machine-code.md; `skipped` are targets without rows, with the reason, `failed` rows likewise."""
+    PAGE.write_text(page(rows, skipped, failed, sources(ROOT)))
 
 
-def page(rows: list[Row], skipped: dict[str, str], of: dict[str, str]) -> str:
+def page(rows: list[Row], skipped: dict[str, str], failed: list[str], of: dict[str, str]) -> str:
     """The page of these rows, made of sources with these fingerprints."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     parts = [HEAD, *_devices(), *_summary(rows)]
     for target, reason in skipped.items():
         parts.append(f"Target {target} was skipped: {reason}\n")
+    parts += [f"No row for {reason}\n" for reason in failed]
     for op in dict.fromkeys(row["op"] for row in rows):
         of_op = [row for row in rows if row["op"] == op]
         parts += [f"## {op}\n", *_cases(of_op, targets), "", *_kernels(of_op), ""]

@@ -14,9 +14,10 @@ from .compiling import bind
 from .recording import Launch
 from .ttir import Program
 
-# A loop of the machine code is the loop of the program with which it shares most source lines: at least this share of
-# the lines of both. Code moves in and out of loops, but not most of it.
-_ALIKE = 0.5
+# A loop of the machine code is the innermost loop of the program that has its source lines: at least this share of its
+# instructions, and as many as any other but for this share, because code moves in and out of loops a little.
+_COVERED = 0.5
+_ALIKE = 0.05
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,12 @@ def turns_of(code: MachineCode, program: Program, turns: list[float]) -> tuple[l
         )
         at_once = {place: max(1, round(_asked(code, place) / asked)) if asked else 1 for place in places}
         left = turns[found]
+        twins = sum(loop.lines == program.loops[found].lines for loop in program.loops)
         for place in sorted(places, key=lambda place: -at_once[place]):
+            if twins > 1:
+                # Copies of one loop cannot be told apart: each may be the rolled one.
+                trips[place] = turns[found] / at_once[place]
+                continue
             last = place == min(places, key=lambda place: at_once[place])
             trips[place] = left / at_once[place] if last else float(left // at_once[place])
             left -= trips[place] * at_once[place]
@@ -166,12 +172,12 @@ def _asked(code: MachineCode, loop: int) -> float:
 
 
 def _matching(lines: Counter[int], program: Program) -> int:
-    """The loop of the program that has most source lines in common with these, -1 if no loop has half of them."""
-    here = {line for line in lines if line > 0}
-    best, most = -1, _ALIKE
+    """The loop of the program that covers most of these source lines, the innermost of several; -1 if none has half."""
+    total = sum(count for line, count in lines.items() if line > 0)
+    best, most = -1, _COVERED
     for place, loop in enumerate(program.loops):
-        there = {line for line in loop.lines if line > 0}
-        alike = len(here & there) / max(1, len(here | there))
-        if alike >= most:
-            best, most = place, alike
+        covered = sum(count for line, count in lines.items() if line > 0 and line in loop.lines) / max(1, total)
+        inner = best != -1 and len(loop.lines) < len(program.loops[best].lines)
+        if covered >= most + _ALIKE or (covered >= most - _ALIKE and (best == -1 or inner)):
+            best, most = place, max(covered, most)
     return best
