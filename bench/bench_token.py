@@ -26,10 +26,10 @@ TESTS = ("test_token.py",)
 CASES = {
     "NTC": (32, 512, 1024),
     "NHTD": (32, 16, 512, 64),
-    "NHQK": (8, 16, 512, 512),
+    "NHQK": (8, 16, 384, 384),
 }
 PATTERN = TokenPattern(size=4, stride=12, rate=0.5)
-ROUNDS = 9
+ROUNDS = 7
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 

@@ -2,7 +2,7 @@
 
     y = x * kept * scale,    dropped = covered(n, t) and word(n, t, c) < floor(rate * 2^32)
 
-The bits (our choice, as in docs/definitions.md). x has samples n, tokens t and channels c, which `layout` finds in it.
+The bits (our choice, as in docs/token.md). x has samples n, tokens t and channels c, which `layout` finds in it.
 
 - `period = size + stride`; the phase of sample n is `(w0 * period) >> 32`, w0 being word 0 of Philox with counter
   (0, 0, n, rank), and 0 where `size >= T`. Token t is covered when `(t + phase) mod period < size`, and lies in span

@@ -174,6 +174,7 @@ def apply_kernel(
     TOKENS: tl.constexpr,
     FRAGMENTS: tl.constexpr,
     VEC: tl.constexpr,  # 4 or 8
+    WIDTH: tl.constexpr,  # elements of an access, a divisor of VEC
 ):
     row = row_units * GRAIN
     block = tl.program_id(0)
@@ -187,19 +188,22 @@ def apply_kernel(
     token = token_block * TOKENS + tl.arange(0, TOKENS)
     cell = tl.load(cells_ptr + sample.to(tl.int64) * tokens + token, mask=token < tokens, other=-1)
     fragment = row_block * FRAGMENTS + tl.arange(0, FRAGMENTS)
-    lane = tl.arange(0, VEC)
-    place = fragment[:, None] * VEC + lane[None, :]
-    inside = (token < tokens)[:, None, None] & (place < row)[None, :, :]
+    # [accesses, 1, WIDTH] of a fragment. Accesses come first in the tile, where threads are not spread: a thread holds
+    # whole fragments, hence what its Philox calls yield, even where it cannot load 16 bytes at once.
+    lane = (tl.arange(0, VEC // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[:, None, :]
+    place = fragment[None, :, None] * VEC + lane
+    inside = (token < tokens)[None, :, None, None] & (place < row)[:, None, :, :]
     read = inside
 
-    covered = (cell >= 0)[:, None, None]
+    covered = (cell >= 0)[None, :, None, None]
     if SHARE_C:
         # Whole tokens: what is dropped is not even read, and 0 instead.
         dropped = False
-        read = inside & (cell < 0)[:, None, None]
+        read = inside & (cell < 0)[None, :, None, None]
     else:
         first = part * row + fragment * VEC
-        channel = part * row + place
+        channel = (part * row + place)[:, None, :, :]
+        lane = lane[:, None, :, :]
         if SHARE_T:
             bits_row = (sample.to(tl.int64) * spans + tl.maximum(cell, 0)) * groups
             if ALIGNED:
@@ -207,38 +211,36 @@ def apply_kernel(
                     bits_ptr + bits_row[:, None] + (first // 8)[None, :],
                     mask=(cell >= 0)[:, None] & (fragment * VEC < row)[None, :],
                     other=0,
-                )
+                ).to(tl.int32)
                 if VEC == 4:
-                    bits = bits.to(tl.int32) >> (first % 8)[None, :]
-                dropped = ((bits.to(tl.int32)[:, :, None] >> lane[None, None, :]) & 1) != 0
+                    bits = bits >> (first % 8)[None, :]
+                dropped = ((bits[None, :, :, None] >> lane) & 1) != 0
             else:
                 bits = tl.load(
-                    bits_ptr + bits_row[:, None, None] + (channel // 8)[None, :, :],
-                    mask=covered & (place < row)[None, :, :],
+                    bits_ptr + bits_row[None, :, None, None] + channel // 8,
+                    mask=covered & (place < row)[:, None, :, :],
                     other=0,
                 )
-                dropped = ((bits.to(tl.int32) >> (channel % 8)[None, :, :]) & 1) != 0
+                dropped = ((bits.to(tl.int32) >> channel % 8) & 1) != 0
         else:
             seed = tl.load(seed_ptr)
             largest = (block * 0 + last).to(tl.uint32, bitcast=True)
             if ALIGNED:
-                call = (first // 4)[None, :]
-                w0, w1, w2, w3 = _words(seed, call, (1 + cell)[:, None], sample, sample * 0 + rank)
-                word = _word(w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None], (lane % 4)[None, None, :])
+                call = (first // 4)[None, None, :, None]
+                token_word = (1 + cell)[None, :, None, None]
+                w0, w1, w2, w3 = _words(seed, call, token_word, sample, sample * 0 + rank)
+                word = _word(w0, w1, w2, w3, lane % 4)
                 if VEC == 8:
-                    w0, w1, w2, w3 = _words(seed, call + 1, (1 + cell)[:, None], sample, sample * 0 + rank)
-                    upper = _word(
-                        w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None], (lane % 4)[None, None, :]
-                    )
-                    word = tl.where(lane[None, None, :] < 4, word, upper)
+                    w0, w1, w2, w3 = _words(seed, call + 1, token_word, sample, sample * 0 + rank)
+                    word = tl.where(lane < 4, word, _word(w0, w1, w2, w3, lane % 4))
             else:
-                call = (channel // 4)[None, :, :]
-                w0, w1, w2, w3 = _words(seed, call, (1 + cell)[:, None, None], sample, sample * 0 + rank)
-                word = _word(w0, w1, w2, w3, (channel % 4)[None, :, :])
+                token_word = (1 + cell)[None, :, None, None]
+                w0, w1, w2, w3 = _words(seed, channel // 4, token_word, sample, sample * 0 + rank)
+                word = _word(w0, w1, w2, w3, channel % 4)
             dropped = covered & (word <= largest)
 
-    wide_sample, wide_part, wide_token = sample.to(tl.int64), part.to(tl.int64), token.to(tl.int64)[:, None, None]
-    wide_place = place.to(tl.int64)[None, :, :]
+    wide_sample, wide_part, wide_token = sample.to(tl.int64), part.to(tl.int64), token.to(tl.int64)[None, :, None, None]
+    wide_place = place.to(tl.int64)[:, None, :, :]
     x_offset = wide_sample * x_n * GRAIN + wide_part * x_a * GRAIN + (wide_token * x_t * GRAIN + wide_place * x_b)
     y_offset = wide_sample * y_n * GRAIN + wide_part * y_a * GRAIN + (wide_token * y_t * GRAIN + wide_place * y_b)
     x = tl.load(x_ptr + x_offset, mask=read, other=0.0)
@@ -475,7 +477,8 @@ def _apply_channels(
         x_n // grain, x_t // grain, x_a // grain, x_b, y_n // grain, y_t // grain, y_a // grain, y_b,
         token_blocks, fragment_blocks, spans, triton.cdiv(a * b, 8), last, _as_int32(rank),
         GRAIN=grain, ALIGNED=a == 1 or b % vec == 0, SHARE_T=share_t, SHARE_C=share_c,
-        TOKENS=tokens, FRAGMENTS=fragments, VEC=vec, num_warps=WARPS,
+        TOKENS=tokens, FRAGMENTS=fragments, VEC=vec, WIDTH=min(vec, grain, 16 // arguments[0].element_size()),
+        num_warps=WARPS,
     )  # fmt: skip
 
 

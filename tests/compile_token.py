@@ -26,6 +26,7 @@ from autodropout.kernels.token import sides_of
 # Name: layout, shape, and whether memory is that of the transposed NTC tensor.
 CASES: dict[str, tuple[str, tuple[int, ...], bool]] = {
     "NTC": ("NTC", (32, 512, 1024), False),
+    "TNC by 4 bytes": ("TNC", (150, 60, 410), False),
     "NHTD": ("NHTD", (32, 16, 512, 64), False),
     "NHTD transposed": ("NHTD", (32, 16, 512, 64), True),
     "NHQK": ("NHQK", (16, 16, 384, 768), False),
@@ -52,7 +53,9 @@ def jobs() -> list[Job]:
     chosen = [(*one, sharing, "bf16", target) for one in kernels for sharing in SHARING for target in both]
     chosen += [(*one, sharing, "fp32", "sm_90") for one in kernels for sharing in ("none", "share_c")]
     chosen += [(*one, "none", "fp64", "sm_90") for one in kernels]
-    chosen += [("apply_kernel", case, "none", "bf16", "sm_90") for case in ("NHTD", "NHTD transposed")]
+    chosen += [
+        ("apply_kernel", case, "none", "bf16", "sm_90") for case in ("TNC by 4 bytes", "NHTD", "NHTD transposed")
+    ]
     chosen += [("apply_kernel", "huge NTC", "share_c", "bf16", "gfx942")]
     chosen += [("apply_keys_kernel", "huge NHQK", "share_c", "bf16", "gfx942")]
     chosen += [("cells_kernel", "NTC", "share_c", "fp32", target) for target in both]

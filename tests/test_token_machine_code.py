@@ -77,16 +77,24 @@ def test_nothing_is_spilled(compiled: list[dict[str, Any]]) -> None:
         assert kernel["registers"] <= MOST_REGISTERS, (label(kernel), kernel["registers"])
 
 
-def test_accesses_are_16_bytes_wide(compiled: list[dict[str, Any]]) -> None:
-    """The activation is all that is stored, so the stores of a thread are its share of a tile; of loads there are more.
+def test_accesses_are_as_wide_as_memory_allows(compiled: list[dict[str, Any]]) -> None:
+    """16 bytes where rows are divisible by 16, also for heads that are a transposed view of (N, T, C).
 
-    Also for queries, keys and values that are a transposed view of (N, T, C).
+    The activation is all that is stored, so the stores of a thread are its share of a tile; of loads there are more.
     """
     for kernel in of_the_activation(compiled):
-        assert kernel["run"] % 16 == 0
-        expected = kernel["tile_bytes"] // 16 // kernel["threads"]
-        assert kernel["stores"] == {"16": expected}, (label(kernel), kernel["raw"])
-        assert kernel["loads"].get("16", 0) >= expected, (label(kernel), kernel["raw"])
+        width = 4 if "by 4 bytes" in kernel["case"] else 16
+        assert kernel["run"] % width == 0
+        expected = kernel["tile_bytes"] // width // kernel["threads"]
+        assert kernel["stores"] == {str(width): expected}, (label(kernel), kernel["raw"])
+        assert kernel["loads"].get(str(width), 0) >= expected, (label(kernel), kernel["raw"])
+
+
+def test_words_stay_in_the_threads_that_draw_them(compiled: list[dict[str, Any]]) -> None:
+    """Where channels are neighbours nothing goes through shared memory, even if accesses are narrower than a call."""
+    for kernel in compiled:
+        if kernel["kernel"] == "apply_kernel":
+            assert kernel["shared"] == 0, label(kernel)
 
 
 def test_every_element_is_read_once_and_written_once(compiled: list[dict[str, Any]]) -> None:
@@ -111,7 +119,9 @@ def test_instructions_leave_memory_the_bound(compiled: list[dict[str, Any]]) -> 
     checked = 0
     for kernel in of_the_activation(compiled):
         if kernel["target"] == "sm_90" and kernel["dtype"] == "bf16":
-            assert per_element(kernel) <= MOST_INSTRUCTIONS[kernel["kernel"], kernel["sharing"]], label(kernel)
+            narrow = "by 4 bytes" in kernel["case"]
+            most = 33 if narrow else MOST_INSTRUCTIONS[kernel["kernel"], kernel["sharing"]]
+            assert per_element(kernel) <= most, label(kernel)
             checked += 1
     assert checked >= 8
 
