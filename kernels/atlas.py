@@ -123,7 +123,8 @@ class DeviceTables:
 
     Attributes:
         counts: int32 tensor, `Atlas.counts_by_start`.
-        fragments: uint8 tensor; bit b of a byte is set when cell b of its fragment of 8 cells is kept.
+        fragments: uint8 tensor; bit b of a byte is set when cell b of its fragment of 8 cells is kept. 8 KB for 32x32,
+            44 KB for 56x56, 0.6 KB for 7x7.
         rows: rows of fragments per plane. 1 while the flat table fits: a plane is then one row of H*W cells.
         row_cells: cells in such a row.
         pitch: bytes from one row of fragments to the next.
@@ -134,18 +135,29 @@ class DeviceTables:
     def __init__(self, atlas: Atlas, device: torch.device) -> None:
         height, width = atlas.height, atlas.width
         self.counts = atlas.counts_by_start.to(device)
-        kept = atlas.kept_flat
-        if kept is not None:
-            # Windows begin at multiples of W and fragments at multiples of 8: only every gcd(W, 8)-th byte is read.
-            grain = math.gcd(width, 8)
-            packed = _fragments(kept.numpy())[::grain]
+        self.flat = atlas.kept_flat is not None
+        self._atlas = atlas
+        self._device = device
+        self._fragments: dict[int, torch.Tensor] = {}
+        self.fragments, grain = self.fragments_of(8)
+        if self.flat:
             self.rows, self.row_cells, self.pitch = 1, height * width, 0
             self.step, self.start_step = 8 // grain, width // grain
         else:
-            packed = _fragments(~atlas.dropped).reshape(-1)
             self.rows, self.row_cells, self.pitch = height, width, 2 * width - 1
             self.step, self.start_step = 8, 0
-        self.fragments = torch.from_numpy(packed.copy()).to(device)
+
+    def fragments_of(self, lanes: int) -> tuple[torch.Tensor, int]:
+        """Bytes for fragments of 8, 4 or 2 cells that begin at multiples of it, and how many cells they are apart.
+
+        Windows begin at multiples of W in the flat table: only every gcd(W, lanes)-th byte is ever read.
+        """
+        grain = math.gcd(self._atlas.width, lanes) if self.flat else 1
+        if lanes not in self._fragments:
+            kept = self._atlas.kept_flat
+            packed = _fragments(~self._atlas.dropped if kept is None else kept.numpy(), lanes).reshape(-1)[::grain]
+            self._fragments[lanes] = torch.from_numpy(packed.copy()).to(self._device)
+        return self._fragments[lanes], grain
 
 
 def atlas_of(fields: torch.Tensor, sides: Sequence[int]) -> Atlas:
@@ -239,9 +251,9 @@ def _window_sums(dropped: npt.NDArray[np.bool_], height: int, width: int) -> npt
     return np.ascontiguousarray(sums[::-1, ::-1])
 
 
-def _fragments(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """For every cell of the last axis the byte whose bit b says if the cell b places further is kept (0 beyond)."""
+def _fragments(kept: npt.NDArray[np.bool_], lanes: int) -> npt.NDArray[np.uint8]:
+    """For every cell of the last axis the byte whose bit b < lanes says if the cell b further is kept (0 beyond)."""
     bits = np.zeros(kept.shape, dtype=np.uint8)
-    for b in range(8):
+    for b in range(lanes):
         bits[..., : max(0, kept.shape[-1] - b)] |= kept[..., b:].astype(np.uint8) << b
     return bits

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from .atlas import Atlas
-from .tiled_triton import _fragment_place
 
 
 @triton.jit
@@ -24,6 +23,23 @@ def _offsets(sample, channel, cell, channels, cells, LAST: tl.constexpr):
         return (sample.to(tl.int64) * cells + cell) * channels + channel[:, None, None]
     else:
         return (sample.to(tl.int64) * channels + channel[:, None, None]) * cells + cell
+
+
+@triton.jit
+def _fragment_place(start, fragment, height, width, cells, pitch, step, start_step, ROWS: tl.constexpr):
+    """Of a fragment: its byte in the table, its first cell in the plane, and the same in the row of cells it lies in.
+
+    Last, whether that row is in the map, and the cells of a row: what is behind them must be neither read nor written.
+    """
+    if ROWS:
+        per_row = (width + 7) // 8
+        row = fragment // per_row
+        column = (fragment - row * per_row) * 8
+        period = 2 * height - 1
+        byte = (start % period + row) * pitch + width - 1 - start // period + column
+        return byte, row * width + column, column, row < height, width
+    else:
+        return start * start_step + fragment * step, fragment * 8, fragment * 8, fragment >= 0, cells
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -46,6 +47,10 @@ SHAPES = {
     "128x640x8x8": (128, 640, 8, 8),
     "32x256x56x56": (32, 256, 56, 56),
     "32x1024x14x14": (32, 1024, 14, 14),
+    "32x2048x7x7": (32, 2048, 7, 7),
+    # The other maps for which the instructions are limited.
+    "128x320x16x16": (128, 320, 16, 16),
+    "32x512x28x28": (32, 512, 28, 28),
     "4x16x224x224": (4, 16, 224, 224),
     # Channels by 8 but not by 16, where Triton knows nothing of an argument by itself.
     "32x24x56x56": (32, 24, 56, 56),
@@ -61,14 +66,16 @@ Job = tuple[str, str, str, str]  # kernel, shape, dtype, target
 
 def jobs() -> list[Job]:
     """Every shape in fp32 and bf16 on every target; the other dtypes and the huge shape where they can differ."""
-    first, *others = [name for name in SHAPES if name not in (HUGE, "32x24x56x56")]
+    limited = ("128x320x16x16", "32x512x28x28")
+    first, *others = [name for name in SHAPES if name not in (HUGE, "32x24x56x56", *limited)]
     two, both = ("fp32", "bf16"), ("sm_90", "gfx942")
     chosen = [
         ("apply_kernel", shape, dtype, target) for shape in (first, *others) for dtype in two for target in TARGETS
     ]
     kernel = "apply_channels_last_kernel"
     chosen += [(kernel, first, dtype, target) for dtype in two for target in TARGETS]
-    chosen += [(kernel, shape, dtype, "sm_90") for shape in (*others, "32x24x56x56") for dtype in two]
+    chosen += [(kernel, shape, dtype, "sm_90") for shape in (*others, *limited, "32x24x56x56") for dtype in two]
+    chosen += [("apply_kernel", shape, dtype, "sm_90") for shape in limited for dtype in two]
     chosen += [(kernel, shape, "bf16", "gfx942") for shape in others]
     for kernel in KERNELS[1:]:
         chosen += [(kernel, first, dtype, target) for dtype in ("fp16", "fp64") for target in both]
@@ -248,32 +255,62 @@ def accesses_of_activation(ttir: str, dtype: str) -> dict[str, int]:
     }
 
 
+def of_activation(ttir: str) -> dict[str, dict[str, Any]]:
+    """By pointer to the activation: the integer types that are added to it, in this order, and what is accessed by it.
+
+    `elements` are those of all loads and stores of a program together, counted in the pointer's own type: two by two
+    as int32 they count twice.
+    """
+    element = re.search(r"%x_ptr: !tt\.ptr<(\w+)>", ttir)
+    assert element is not None
+    bits = {"f64": 64, "f32": 32, "f16": 16, "bf16": 16, "i32": 32}
+    roots = {"x_ptr": "x_ptr", "y_ptr": "y_ptr"}
+    found: dict[str, dict[str, Any]] = {name: {"offsets": [], "elements": {"load": 0, "store": 0}} for name in roots}
+    names = "splat|broadcast|expand_dims|addptr|bitcast|load|store"
+    steps = re.compile(rf"^\s*(?:%([\w#]+) = )?(tt\.(?:{names})) %([\w#]+)(.*)$", re.MULTILINE)
+    for result, step, base, rest in steps.findall(ttir):
+        if base not in roots:
+            continue
+        root = roots[base]
+        if step in ("tt.load", "tt.store"):
+            shape, accessed = re.findall(r"tensor<([\dx]+)x!tt\.ptr<(\w+)>", rest)[0]
+            size = math.prod(int(side) for side in shape.split("x"))
+            found[root]["elements"][step[3:]] += size * bits[accessed] // bits[element[1]]
+            continue
+        roots[result] = root
+        if step == "tt.addptr":
+            found[root]["offsets"].append(re.findall(r", (?:tensor<[\dx]+x)?(i\d+)>?(?: loc.*)?$", rest)[0])
+    return found
+
+
 def compile_job(job: Job) -> dict[str, Any]:
     kernel, shape, dtype, target = job
     args, kwargs = launch(kernel, shape, dtype)
     source, options, _, bound = bind(kernel, args, kwargs, TARGETS[target])
     compiled = triton.compile(source, target=TARGETS[target], options=options.__dict__)
-    _, c, height, width = SHAPES[shape]
+    c = SHAPES[shape][1]
     size = DTYPES[dtype].itemsize
     if kernel == "draw_kernel":
         tile = 0
     elif kernel == "apply_kernel":
-        tile = bound["PLANES"] * bound["FRAGMENTS"] * 8
+        tile = bound["TILE"]
     else:
-        tile = bound["FRAGMENTS"] * 8 * bound["CHANNELS"]
+        tile = bound["VECTORS"] * 8 * bound["LANES"]
     threads = options.num_warps * TARGETS[target].warp_size
     return {
         "kernel": kernel,
         "shape": shape,
         "dtype": dtype,
         "target": target,
-        # Bytes that follow each other in memory and belong to one map, or to the channels of one cell.
-        "run": (c if kernel == "apply_channels_last_kernel" else height * width) * size,
+        # Bytes that follow each other in memory: all of them, or the channels of one cell.
+        "run": (c if kernel == "apply_channels_last_kernel" else math.prod(SHAPES[shape])) * size,
         "tile": tile,
         "tile_bytes": tile * size,
         "threads": threads,
-        "offsets": offsets_by_pointer(compiled.asm["ttir"], ("starts_ptr",) if tile == 0 else ("x_ptr", "y_ptr")),
-        "accesses": accesses_of_activation(compiled.asm["ttir"], dtype),
+        "planes": 0 if tile else bound["BLOCK"],
+        "programs": math.prod(RECORDERS[kernel].grids[-1]),
+        "activation": of_activation(compiled.asm["ttir"]) if tile else {},
+        "starts": [] if tile else re.findall(r"tt\.addptr %starts_ptr, .*, (i\d+)", compiled.asm["ttir"]),
         **(describe_hip if target.startswith("gfx") else describe_cuda)(compiled),
     }
 
