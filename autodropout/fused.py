@@ -81,7 +81,8 @@ class BatchNormPatternReLU2d(nn.BatchNorm2d):
         return y
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}"
+        options: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{options}, pattern={self.pattern}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -245,10 +245,10 @@ def _backward(
         from . import batch_norm_triton
 
         with torch.cuda.device(x.device):
-            dx, dweight, dbias = batch_norm_triton.backward(
+            of_x, dweight, dbias = batch_norm_triton.backward(
                 grad, x, weight, bias, mean, rstd, atlas_of(fields, x.shape[2:]), starts, scale
             )
-        return dx, dweight.to(types[0]), dbias.to(types[1])
+        return of_x, dweight.to(types[0]), dbias.to(types[1])
     dx: torch.Tensor | None = None
     mask = _Mask(fields, starts, scale, x)
     for group in _groups(x):
