@@ -65,6 +65,7 @@ def _draw_seed(*, device: torch.device) -> torch.Tensor:
 
 
 # An op of its own: Inductor replaces `randint` by a generator of its own, and eager and compiled code would differ.
+# The order of several draws is Inductor's, unless `reorder_for_peak_memory` is off (seen in 2.15).
 # The device by keyword: where compiled code draws again for a checkpoint, torch 2.6 looks for it there alone.
 register_op(
     "draw_seed(*, Device device) -> Tensor",
