@@ -184,17 +184,16 @@ def strided_kernel(
     run_blocks,
     channel_blocks,
     GRAIN: tl.constexpr,
-    ALIGNED: tl.constexpr,  # the places are divisible by 4, so that a run of four is one call
+    ALIGNED: tl.constexpr,  # the places are divisible by 4, so that a run is one call and does not lie in two
     WIDE: tl.constexpr,  # 2^31 decisions a sample and more
-    RUNS: tl.constexpr,
-    RUN: tl.constexpr,  # places of a run
+    RUNS: tl.constexpr,  # of four places
     CHANNELS: tl.constexpr,
 ):
     channels = channel_units * GRAIN
     block = tl.program_id(0)
     channel = (block % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     block = block // channel_blocks
-    place = ((block % run_blocks) * RUNS + tl.arange(0, RUNS)) * RUN
+    place = ((block % run_blocks) * RUNS + tl.arange(0, RUNS)) * 4
     sample = block // run_blocks
     if WIDE:
         decision = channel.to(tl.int64)[None, :] * places + place[:, None]
@@ -202,9 +201,9 @@ def strided_kernel(
         decision = channel[None, :] * places + place[:, None]
         high = tl.full((1, 1), 0, tl.int32)
     if ALIGNED:
-        calls: tl.constexpr = RUN // 4
+        calls: tl.constexpr = 1
     else:
-        calls: tl.constexpr = RUN // 4 + 1
+        calls: tl.constexpr = 2
     seed = tl.load(seed_ptr)
     bound = threshold.to(tl.uint32)
     of_sample = tl.full((1, 1), 0, tl.int32) + sample
@@ -223,7 +222,7 @@ def strided_kernel(
 
     scale = tl.load(scale_ptr)
     offset = ((sample.to(tl.int64) * places + place) * channels)[:, None] + channel[None, :]
-    for j in tl.static_range(RUN):
+    for j in tl.static_range(4):
         inside = (place + j < places)[:, None] & (channel < channels)[None, :]
         x = tl.load(x_ptr + offset, mask=inside, other=0.0)
         y = tl.where(((kept >> j) & 1) != 0, _product(x, scale), 0.0)
@@ -397,15 +396,14 @@ def _launch(
 def _launch_strided(common: tuple[torch.Tensor | int, ...], form: Form, lanes: int) -> None:
     channels = form.decisions // form.places
     aligned = form.places % 4 == 0
-    run = 4 if aligned else 8  # at other numbers the run lies in one call more than it fills
-    runs, longest = triton.cdiv(form.places, run), triton.next_power_of_2(channels)
+    runs, longest = triton.cdiv(form.places, 4), triton.next_power_of_2(channels)
     height = min(triton.next_power_of_2(runs), THREADS * lanes // min(8 * lanes, longest))
     length = min(longest, THREADS * lanes // height)
     run_blocks, channel_blocks = triton.cdiv(runs, height), triton.cdiv(channels, length)
     grain = _grain(channels)
     strided_kernel[(form.samples * run_blocks * channel_blocks,)](
         *common, form.places, channels // grain, run_blocks, channel_blocks,
-        GRAIN=grain, ALIGNED=aligned, WIDE=form.decisions >= 2**31, RUNS=height, RUN=run, CHANNELS=length,
+        GRAIN=grain, ALIGNED=aligned, WIDE=form.decisions >= 2**31, RUNS=height, CHANNELS=length,
         num_warps=WARPS,
     )  # fmt: skip
 
