@@ -286,6 +286,8 @@ def of_activation(ttir: str) -> dict[str, dict[str, Any]]:
 def compile_job(job: Job) -> dict[str, Any]:
     kernel, shape, dtype, target = job
     args, kwargs = launch(kernel, shape, dtype)
+    if target.startswith("gfx") and kernel != "draw_kernel":  # as a PyTorch for ROCm launches it
+        kwargs = {**kwargs, "num_warps": tiled_triton.THREADS // TARGETS[target].warp_size}
     source, options, _, bound = bind(kernel, args, kwargs, TARGETS[target])
     compiled = triton.compile(source, target=TARGETS[target], options=options.__dict__)
     c = SHAPES[shape][1]
