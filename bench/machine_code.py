@@ -134,21 +134,26 @@ def _moved(works: list[Work], kind: str) -> float:
 
 
 def _width(work: Work, kind: str) -> int:
-    """The width of access that most bytes of a kind go through."""
+    """The widest access through which as many bytes go as the tensor has that the kernel loads or stores most of."""
     asked: Counter[int] = Counter()
     for opcode, count in work.opcodes.items():
         access = work.code.access(opcode)
         if access is not None and access[0] == kind:
-            asked[access[1]] += count * access[1]  # type: ignore[assignment]
-    return max(asked, key=lambda width: asked[width], default=0)
+            asked[access[1]] += count * access[1] * work.code.threads * work.launch.programs  # type: ignore[assignment]
+    left = max((count for (_, of_kind), count in work.moved.items() if of_kind == kind), default=0.0)
+    for width in sorted(asked, reverse=True):
+        left -= asked[width]
+        if left <= 0:
+            return width
+    return min(asked, default=0)
 
 
 def table(rows: Iterable[Row]) -> list[str]:
     """Lines of at most 80 columns: a heading a case, a line a target."""
     lines = [
-        "Per element: bytes loaded and stored, instructions executed. Width: of most",
-        "loads/stores. Warps: resident, of how many. Bound: Memory or Issue, and the",
-        "time of issue in percent of the time of memory.",
+        "Per element: bytes loaded and stored, instructions executed. Width: bytes of",
+        "accesses that load/store an activation. Warps: resident, of how many. Bound:",
+        "Memory or Issue, and the time of issue in percent of the time of memory.",
     ]
     heading = ""
     for one in rows:

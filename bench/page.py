@@ -32,8 +32,8 @@ forward of an op: all its kernels together, the small ones that draw included. `
   loads and stores ask for, over all programs, but of each tensor at most its size for every load or store in the
   program: a program that reads a tensor twice moves it twice, a table that all programs read is moved once. Buffers
   that PyTorch zeroes or copies on the way are included.
-- **Width**: bytes of the access that most bytes of the loads / of the stores go through, in the kernel that moves most,
-  on the target where it is narrowest.
+- **Width**: bytes of the widest access through which a whole activation is loaded / stored, in the kernel that moves
+  most, on the target where it is narrowest.
 - **Instructions** per element: executed by a thread, times threads, over all programs and kernels, divided by the
   elements of the activation; SASS for `sm_*`, AMD ISA for `gfx*`, where an instruction of the scalar unit counts like
   one of the vector units. Loops are found in the control flow of the machine code and recognised by their source lines;
@@ -109,9 +109,11 @@ def _summary(rows: list[Row]) -> list[str]:
             for dtype in ("fp32", "bf16")
         ]
         shares = [
-            max((row["devices"][name] for row in of_op if name in row["devices"]), key=_share) for name in DEVICES
+            max((row["devices"][name] for row in of_op if name in row["devices"]), key=_share, default=None)
+            for name in DEVICES
         ]
-        lines.append(f"| {op} | {' | '.join(counts)} | {' | '.join(map(_bound, shares))} |")
+        bounds = ["–" if share is None else _bound(share) for share in shares]
+        lines.append(f"| {op} | {' | '.join(counts)} | {' | '.join(bounds)} |")
     return [*lines, ""]
 
 

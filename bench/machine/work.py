@@ -14,10 +14,9 @@ from .compiling import bind
 from .recording import Launch
 from .ttir import Program
 
-# A loop of the machine code is the innermost loop of the program that has its source lines: at least this share of its
-# instructions, and as many as any other but for this share, because code moves in and out of loops a little.
+# Of the instructions of a loop, the share that must come from the lines of a loop of the program to be that loop: code
+# moves in and out of loops, but not most of it.
 _COVERED = 0.5
-_ALIKE = 0.05
 
 
 @dataclass(frozen=True)
@@ -123,13 +122,9 @@ def turns_of(code: MachineCode, program: Program, turns: list[float]) -> tuple[l
     the rest. How many turns one does is told by the bytes it asks for.
     """
     source = [-1] * len(code.loops)
-    for place, loop in enumerate(code.loops):
-        found = _matching(loop.lines, program)
-        around = loop.parent
-        while around != -1 and source[around] != found:
-            around = code.loops[around].parent
-        # Inside of itself a loop cannot be: this one was made by the compiler.
-        source[place] = found if around == -1 else -1
+    for place in sorted(range(len(code.loops)), key=lambda place: len(_around(code, place))):
+        around = next((source[outer] for outer in _around(code, place) if source[outer] != -1), -1)
+        source[place] = _matching(code.loops[place].lines, program, around)
     trips = [1.0 if _retries(code, place) else float(code.warp_size) for place in range(len(code.loops))]
     groups: dict[tuple[int, int], list[int]] = {}
     for place, found in enumerate(source):
@@ -153,6 +148,15 @@ def turns_of(code: MachineCode, program: Program, turns: list[float]) -> tuple[l
     return trips, source.count(-1)
 
 
+def _around(code: MachineCode, loop: int) -> list[int]:
+    """The loops around a loop, from the inside."""
+    found = []
+    while code.loops[loop].parent != -1:
+        loop = code.loops[loop].parent
+        found.append(loop)
+    return found
+
+
 def _retries(code: MachineCode, loop: int) -> bool:
     """Whether a loop tries a compare-and-swap until it succeeds."""
     opcodes = (opcode for segment in code.segments if segment.loop == loop for opcode in segment.opcodes)
@@ -171,13 +175,19 @@ def _asked(code: MachineCode, loop: int) -> float:
     return bytes_asked
 
 
-def _matching(lines: Counter[int], program: Program) -> int:
-    """The loop of the program that covers most of these source lines, the innermost of several; -1 if none has half."""
+def _matching(lines: Counter[int], program: Program, around: int) -> int:
+    """The loop of the program, inside loop `around`, that covers most of these source lines; -1 if none covers half.
+
+    An outer loop covers what an inner one does: of equals it is the innermost.
+    """
     total = sum(count for line, count in lines.items() if line > 0)
-    best, most = -1, _COVERED
+    best, most, size = -1, _COVERED * total, 0
     for place, loop in enumerate(program.loops):
-        covered = sum(count for line, count in lines.items() if line > 0 and line in loop.lines) / max(1, total)
-        inner = best != -1 and len(loop.lines) < len(program.loops[best].lines)
-        if covered >= most + _ALIKE or (covered >= most - _ALIKE and (best == -1 or inner)):
-            best, most = place, max(covered, most)
+        outer = loop.parent
+        while outer not in (around, -1):
+            outer = program.loops[outer].parent
+        covered = sum(count for line, count in lines.items() if line in loop.lines)
+        better = covered > most or (covered == most and (best == -1 or len(loop.lines) < size))
+        if outer == around and total and better:
+            best, most, size = place, covered, len(loop.lines)
     return best
