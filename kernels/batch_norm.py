@@ -71,8 +71,9 @@ def batch_norm_pattern_relu(
         eps: added to the variance, in [0, 1].
 
     Returns:
-        Tensor with x's shape, dtype and memory format. Dropped cells are 0, whatever x holds. Differentiable
-        in x, weight and bias, from the second time on by the separate operations; forward mode and vmap are refused.
+        Tensor with x's shape, dtype and memory format. Dropped cells are 0, whatever x holds. Twice
+        differentiable in x, weight and bias, the second time by the separate operations; forward mode and vmap are
+        refused.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed. Also for one value a channel, of
@@ -286,7 +287,7 @@ def _gradient_of_bn(
 
 
 def _second_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The gradient of the gradients, by the separate operations, which are differentiable further."""
+    """The gradient of the gradients, by the separate operations; a third one PyTorch refuses."""
     if all(grad is None for grad in grads):
         return (None,) * 10
     further = torch.is_grad_enabled()

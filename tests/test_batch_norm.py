@@ -59,8 +59,17 @@ def affine(c: int) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- values --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("index", range(len(SHAPES)))
+# In float32 PyTorch adds up channels_last maps one after the other: only short sums keep the bound of pairwise ones. Of
+# the long ones the comparison with the chain, which is to the bit, says more.
+TWIN_CASES = [
+    (index, dtype)
+    for index, (n, _, h, w) in enumerate(SHAPES)
+    for dtype in DTYPES
+    if dtype != torch.float32 or n * h * w <= 4096
+]
+
+
+@pytest.mark.parametrize(("index", "dtype"), TWIN_CASES)
 def test_equals_the_twin(index: int, dtype: torch.dtype) -> None:
     shape = SHAPES[index]
     share_c, normalize, rank = bool(index % 2), NORMALIZE[index % 3], index % 2 * 3
@@ -190,17 +199,16 @@ def test_gradients_and_their_gradients(share_c: bool, normalize: str) -> None:
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-def test_the_third_derivative() -> None:
-    """As the chain's, to the rounding of float64; upstream of the first is x itself, which enters twice."""
+def test_the_second_derivative_is_the_chains_and_the_third_is_refused() -> None:
+    """To the rounding of float64; upstream of the first is x itself, which enters twice. PyTorch has no third."""
     results = []
     for function in (fused, chain):
         x = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
-        y = function(x, None, None)
-        (y,) = torch.autograd.grad(y, x, x, create_graph=True)
-        for _ in range(2):
-            (y,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
-        results.append(y)
-    assert float(results[1].abs().max()) > 1
+        (first,) = torch.autograd.grad(function(x, None, None), x, x, create_graph=True)
+        (second,) = torch.autograd.grad((first**3).sum(), x, create_graph=True)
+        results.append(second)
+        with pytest.raises(RuntimeError, match=r"3rd\+ order derivatives"):
+            torch.autograd.grad(second.sum(), x)
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
