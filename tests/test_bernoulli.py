@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pickle
 from typing import Any
 
 import mask_contracts as contracts
@@ -16,6 +18,8 @@ from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
 from twins import bernoulli_numpy as twin
 
+from autodropout import BernoulliPattern
+from autodropout import Pattern
 from autodropout.kernels import bernoulli_dropout
 
 SHARED = ("none", "map", "sample")
@@ -286,6 +290,27 @@ def test_vmap_gives_every_element_the_mask_of_its_own_call() -> None:
         assert torch.equal(y[:, i], bernoulli_dropout(x[:, i], RATE, seed))
     with pytest.raises(ValueError, match="seed and fields must not be batched by vmap"):
         torch.func.vmap(lambda seed: bernoulli_dropout(x, RATE, seed, normalize="none"))(torch.arange(3))
+
+
+def test_patterns_take_dimensions() -> None:
+    """In any order, from JSON as a list, through pickles and copies; none at all is "none"."""
+    pattern = BernoulliPattern(0.4, shared=(3, 1))
+    assert pattern.shared == (1, 3)
+    assert pattern == BernoulliPattern(0.4, shared=[1, 3])  # type: ignore[arg-type]
+    assert len({pattern, BernoulliPattern(0.4, shared=(1, 3))}) == 1
+    assert BernoulliPattern(0.4, shared=()) == BernoulliPattern(0.4)
+    assert Pattern.from_json(json.loads(json.dumps(pattern.to_json()))) == pattern
+    assert pickle.loads(pickle.dumps(pattern)) == pattern
+    assert pattern.scaled(0.5) == BernoulliPattern(0.2, shared=(1, 3))
+    kept = twin.kept((2, 3, 4, 5), 0.4, SEED, (1, 3), 7)
+    assert torch.equal(pattern.mask(2, 3, 4, 5, SEED, rank=7), torch.from_numpy(kept))
+    for shared, message in (
+        ([1, 1], r"^p.shared: must hold different dimensions, got \[1, 1\]$"),
+        ([-1], r"^p.shared: must be an integer in \[0, 62\], got -1$"),
+        (["map"], r"^p.shared: must be an integer in \[0, 62\], got 'map' of type str$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pattern.from_json({"op": "bernoulli", "rate": 0.5, "shared": shared}, "p")
 
 
 @pytest.mark.parametrize(
