@@ -154,8 +154,10 @@ def test_large_activations_are_not_addressed_with_32_bits(compiled: list[dict[st
     assert len(huge) == 2
     (kernel,) = (kernel for kernel in huge if kernel["kernel"] == "apply_channels_last_kernel")
     assert not any(name.startswith("buffer_store") for name in kernel["raw"]), kernel["raw"]
-    assert not any(name.startswith("buffer_load_dwordx4") for name in kernel["raw"]), kernel["raw"]
-    assert any(name.startswith("global_store_dwordx4") for name in kernel["raw"]), kernel["raw"]
+    # Placements are few: they may be loaded by buffer instructions.
+    share = kernel["tile_bytes"] // 16 // kernel["threads"]
+    assert kernel["raw"].get("global_load_dwordx4", 0) >= share, kernel["raw"]
+    assert kernel["raw"].get("global_store_dwordx4", 0) == share, kernel["raw"]
 
 
 def test_nothing_is_spilled(compiled: list[dict[str, Any]]) -> None:
