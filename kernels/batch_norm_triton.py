@@ -383,8 +383,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y in x's memory format, and mean, 1 / sqrt(variance + eps) and unbiased variance of the channels."""
     if not dense(x):
-        y, *moments = forward(x.contiguous(), weight, bias, atlas, starts, scale, eps)
-        return torch.empty_like(x).copy_(y), moments[0], moments[1], moments[2]
+        y, mean, rstd, unbiased = forward(x.contiguous(), weight, bias, atlas, starts, scale, eps)
+        return torch.empty_like(x).copy_(y), mean, rstd, unbiased
     n, c, height, width = x.shape
     plan = _Plan(x, atlas)
     of_channels: dict[str, Any] = {"dtype": compute_type(x), "device": x.device}
