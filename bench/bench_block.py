@@ -24,7 +24,7 @@ from torchvision.ops import drop_block2d
 from autodropout.kernels import block_dropout
 
 TESTS = ("test_block.py",)
-SHAPES = [(128, 160, 32, 32), (128, 320, 16, 16), (128, 640, 8, 8), (32, 256, 56, 56)]
+SHAPES = [(128, 160, 32, 32), (128, 320, 16, 16), (128, 640, 8, 8)]
 FIELDS = (0.1, 7)
 ROUNDS = 5
 
@@ -49,7 +49,7 @@ def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=lambda shape: "x".join(map(str, shape)))
 def bench_forward_backward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """`both` is forward and backward of the unit itself: what two live results cost on this heap."""
     x = torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_()

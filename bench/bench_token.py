@@ -29,7 +29,7 @@ CASES = {
     "NHQK": (8, 16, 384, 384),
 }
 PATTERN = TokenPattern(size=4, stride=12, rate=0.5)
-ROUNDS = 7
+ROUNDS = 5
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
