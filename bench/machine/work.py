@@ -134,7 +134,11 @@ def turns_of(code: MachineCode, program: Program, turns: list[float]) -> tuple[l
         asked = sum(
             access.size * max(1.0, access.lanes / code.threads) for access in program.accesses if access.loop == found
         )
-        at_once = {place: max(1, round(_asked(code, place) / asked)) if asked else 1 for place in places}
+        # Only innermost loops are unrolled; in others there is what an inner one left over.
+        outer = {loop.parent for loop in code.loops}
+        at_once = {
+            place: max(1, round(_asked(code, place) / asked)) if asked and place not in outer else 1 for place in places
+        }
         left = turns[found]
         twins = sum(loop.lines == program.loops[found].lines for loop in program.loops)
         for place in sorted(places, key=lambda place: -at_once[place]):
