@@ -467,9 +467,9 @@ def test_table_of_one_case(tmp_path: Path) -> None:
     assert set(amd["devices"]) == {"MI300X"}
     for row in (nvidia, amd):
         assert row["minimum_loaded"] == row["minimum_stored"] == 2
-        # A placement of 4 bytes is written and read per map of 1,024 cells, and the table once.
-        assert 2 <= row["stored"] <= 2 + 5 / 1024
-        assert 2 <= row["loaded"] <= 2 + 5 / 1024
+        # Placements are written and read, below 32 bytes a map of 1,024 cells, and the table is read once.
+        assert 2 <= row["stored"] <= 2 + 32 / 1024
+        assert 2 <= row["loaded"] <= 2 + 32 / 1024
         assert row["spills"] == row["scratch"] == 0
         assert row["store_width"] == 16
         assert all(kernel["lane_loops"] <= 1 for kernel in row["kernels"])
