@@ -348,7 +348,11 @@ def fields(**changes: float) -> torch.Tensor:
         ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
         ({"x": torch.ones(2, 3, 6, 7, dtype=torch.int64)}, TypeError, "x must be float64, .* got torch.int64"),
         ({"x": torch.ones(2, 3, 6, 7, dtype=torch.complex64)}, TypeError, "x must be float64, .* got torch.complex64"),
-        ({"x": torch.ones(6, 7)}, ValueError, r"x must have 4 dimensions \(N, C, H, W\) or 3 \(N, C, L\), got shape \(6, 7\)"),
+        (
+            {"x": torch.ones(6, 7)},
+            ValueError,
+            r"x must have 4 dimensions \(N, C, H, W\) or 3 \(N, C, L\), got shape \(6, 7\)",
+        ),
         ({"x": torch.ones(2, 3, 7, 6)}, ValueError, "atlas must be of x's map 7x6, got one of a map 6x7"),
         ({"atlas": PATTERN}, TypeError, "atlas must be an Atlas or a tensor of fields, got TiledPattern"),
         ({"atlas": 0.3}, TypeError, "atlas must be an Atlas or a tensor of fields, got float"),
