@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from clock import DEVICE
 from clock import DTYPES
+from clock import ON_GPU
 from conftest import Report
 from interleaved import interleaved
 from timm.layers import DropPath as TimmDropPath
@@ -70,7 +71,7 @@ def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", MAPS[:1] + TOKENS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", MAPS + TOKENS if ON_GPU else TOKENS, ids=lambda shape: "x".join(map(str, shape)))
 def bench_forward_backward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_()
     upstream = torch.randn(shape, dtype=dtype, device=DEVICE)
