@@ -323,8 +323,8 @@ def compile_job(job: Job) -> dict[str, Any]:
 def keys() -> dict[str, Any]:
     """By kernel and map the number of different keys of 50 launches, with another pattern, seed and rank each.
 
-    And, to show that keys do differ, their number when the dtype or the map changes. Here the tensors are real: their
-    addresses are part of the keys.
+    Here the tensors are real: their addresses are part of the keys. Two more rows per kernel show what keys depend on:
+    "maps", two that hold a multiple of 8 cells, and "control", other dtypes and a map that does not.
     """
     generator = torch.Generator().manual_seed(0)
     found = {}
@@ -350,10 +350,14 @@ def keys() -> dict[str, Any]:
             for kernel, recorded in launches.items():
                 different = {bind(kernel, *one, TARGETS[target])[2] for one in recorded}
                 found[f"{kernel} {name} {target}"] = {"launches": len(recorded), "keys": len(different)}
-    control = [("128x160x32x32", "fp32"), ("128x160x32x32", "bf16"), ("32x256x56x56", "fp32")]
+    others = {
+        "maps": [("128x160x32x32", "fp32"), ("32x256x56x56", "fp32")],
+        "control": [("128x160x32x32", "fp32"), ("128x160x32x32", "bf16"), ("32x2048x7x7", "fp32")],
+    }
     for kernel in KERNELS[1:]:
-        different = {bind(kernel, *launch(kernel, *one), TARGETS["sm_90"])[2] for one in control}
-        found[f"{kernel} control"] = {"launches": len(control), "keys": len(different)}
+        for name, chosen in others.items():
+            different = {bind(kernel, *launch(kernel, *one), TARGETS["sm_90"])[2] for one in chosen}
+            found[f"{kernel} {name}"] = {"launches": len(chosen), "keys": len(different)}
     return found
 
 

@@ -179,12 +179,12 @@ def test_bfloat16_is_rounded_to_nearest_even(compiled: list[dict[str, Any]]) -> 
 
 
 def test_no_recompilation_when_pattern_seed_or_rank_change() -> None:
-    """Triton looks compiled code up by a key that it computes from the arguments: 50 launches, one key."""
+    """Triton looks compiled code up by a key that it computes from the arguments: 50 launches, one key.
+
+    Neither do the sides of the map recompile where it holds a multiple of 8 cells; the dtype does, and a map of 7x7.
+    """
     (found,) = run(["keys"])
-    launches = {name: value for name, value in found.items() if "control" not in name}
-    assert len(launches) == 12
-    for name, value in launches.items():
-        assert value == {"launches": 50, "keys": 1}, name
-    for name, value in found.items():
-        if "control" in name:
-            assert value == {"launches": 3, "keys": 3}, name
+    expected = {"maps": {"launches": 2, "keys": 1}, "control": {"launches": 3, "keys": 3}}
+    fifty = {"launches": 50, "keys": 1}
+    assert {name: value for name, value in found.items() if value != expected.get(name.split()[1], fifty)} == {}
+    assert len(found) == 12 + 2 * len(expected)
