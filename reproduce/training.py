@@ -72,10 +72,14 @@ def train_model(
     device: torch.device,
     checkpoint: Path | None = None,
     on_epoch: Callable[[], None] = lambda: None,
+    on_accuracy: Callable[[int, float], None] | None = None,
+    accuracy_every: int = 1,
 ) -> Outcome:
     """Trains from scratch, or on from `checkpoint` if that file exists, and measures the accuracy on `evaluation`.
 
     `on_epoch` is called once for every epoch of the recipe, also for those the checkpoint has already behind it.
+    `on_accuracy` is called with (epochs, accuracy on `evaluation`) after every `accuracy_every` epochs but the last;
+    measuring changes nothing of the training, and what it raises ends it.
     `checkpoint` is written after every epoch and left where it is.
     """
     model = build_model(recipe, train.images, classes, seed)
@@ -130,6 +134,9 @@ def train_model(
                 "scaler": scaler.state_dict(),
             }
             write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
+        done = epoch + 1
+        if on_accuracy is not None and done % accuracy_every == 0 and done < recipe.epochs:
+            on_accuracy(done, accuracy(model, evaluation, normalise, device))
     return Outcome(accuracy(model, evaluation, normalise, device), seconds)
 
 
