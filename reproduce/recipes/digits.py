@@ -16,6 +16,7 @@ from autodropout.reproduce.proxy import network_sites
 from autodropout.reproduce.proxy import one_thread
 from autodropout.reproduce.proxy import validation_accuracy
 from autodropout.reproduce.training import Recipe
+from autodropout.search.conv_space import KINDS
 from autodropout.search.conv_space import ConvSpace
 from autodropout.search.space import SearchSpace
 
@@ -27,7 +28,7 @@ REPORT_EVERY = 15  # epochs
 
 def space() -> SearchSpace:
     """For each site which kind of pattern it gets, then the paper's tokens or the rate of a classical regulariser."""
-    return ConvSpace(network_sites(RECIPE, channels=1, side=8), kinds=True)
+    return ConvSpace(network_sites(RECIPE, channels=1, side=8), kinds=KINDS)
 
 
 def train(policy: Policy, seed: int, report: Callable[[int, float], None]) -> float:
