@@ -90,8 +90,11 @@ class ToySearcher(Searcher):
 
 
 RECIPE = """
+import os
 import random
+import signal
 import sys
+import time
 
 sys.path.insert(0, {tests!r})
 from search_toys import ToySpace
@@ -115,7 +118,8 @@ def train(policy, seed, report):
 def write_recipe(folder: Path, body: str = "", sites: int = 2, direction: str = "max", name: str = "toy") -> Path:
     """Writes a recipe whose metric is a function of policy and seed: best where all rates are 0.3, with noise of 0.1.
 
-    `body`: statements of `train` that run before it returns `metric` (names: policy, seed, report, metric), unindented.
+    `body`: statements of `train` that run before it returns `metric` (names: policy, seed, report, metric;
+    modules: os, random, signal, time).
     """
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     path = folder / f"{name}.py"
