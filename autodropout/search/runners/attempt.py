@@ -98,7 +98,10 @@ def attempt(recipe: Recipe, task: Task, go_on: Callable[[int, float], bool]) -> 
 
 def failed(task: Task, error: BaseException, seconds: float) -> Failed:
     """The failure of a task whose training raised this error: for lack of memory, or for another reason."""
-    message = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+    trace = error.__traceback__
+    if trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next  # the first frame is our own
+    message = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
     return Failed(task, "memory" if out_of_memory(error) else "raised", message, seconds)
 
 
