@@ -534,7 +534,7 @@ def test_an_update_that_was_never_recorded_is_recorded_first(recipe_path: Path, 
         ([0, 1, 5], "line 3 of the journal holds a record of kind 'update' where no update is due"),
         ([0, 1, 2, 4, 3, 5], "line 4 of the journal does not fit those before: .* got 1, which was never asked"),
         ([0, 1, 2, 2], "line 4 of the journal does not fit those before: .* got 0, which is told or failed already"),
-        ([0, 3], "line 2 of the journal holds trial 1, and now it gives 0"),
+        ([0, 3], "line 2 of the journal holds trial 1 for trial 1, and now it gives 0"),
     ],
 )
 def test_records_in_an_order_that_no_search_writes_are_refused(

@@ -127,35 +127,28 @@ def _search_again(
     kind = record["record"]
     if kind == "ask":
         trial = search.ask()
-        for name, now in (
-            ("trial", trial.number),
-            ("choices", list(trial.choices)),
-            ("log_prob", trial.log_prob),
-            ("update", trial.update),
-        ):
-            if now != record[name]:
-                what = (
-                    f"{name} {record[name]}" if name == "trial" else f"{name} {record[name]} for trial {trial.number}"
-                )
-                raise _difference(line, records, what, f"{now}")
+        now = {"choices": list(trial.choices), "log_prob": trial.log_prob, "update": trial.update}
+        for name, value in {"trial": trial.number, **now}.items():
+            if value != record[name]:
+                raise _difference(line, records, f"{name} {record[name]} for trial {record['trial']}", f"{value}")
     elif kind == "tell":
         return search.tell(record["trial"], record["metric"])
     elif kind == "fail" and record["final"]:
         search.fail(record["trial"])
     elif kind == "update":
         assert update is not None
-        now = [update.number, list(update.trials), list(update.ages)]
-        recorded = [record["update"], record["trials"], record["ages"]]
-        if now != recorded:
-            raise _difference(line, records, f"update, trials and ages {recorded}", f"{now}")
+        recorded = (record["update"], tuple(record["trials"]), tuple(record["ages"]))
+        if recorded != (update.number, update.trials, update.ages):
+            what = "update {}, of trials {} with ages {}".format(*recorded)
+            raise _difference(line, records, what, f"{update.number}, {update.trials}, {update.ages}")
     return None
 
 
 def _difference(line: int, records: Sequence[Record], recorded: str, now: str) -> ReplayError:
-    ledger_versions = next(r["versions"] for r in reversed(records) if r["record"] in ("run", "resume"))
+    recorded_versions = next(r["versions"] for r in reversed(records[:line]) if r["record"] in ("run", "resume"))
     return ReplayError(
         f"the search does not repeat what it did: line {line} of the journal holds {recorded}, and now it gives {now}. "
-        f"Versions, machine or code must differ from those of the run: {compare_versions(ledger_versions)}"
+        f"Versions, machine or code must differ from those of the run: {compare_versions(recorded_versions)}"
     )
 
 
