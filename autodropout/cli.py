@@ -12,8 +12,12 @@ from .draw import SUFFIXES
 from .draw import save_figure
 from .policy import load_policy
 from .policy import shipped_policies
+from .search.commands import INTERRUPTED
+from .search.commands import Command
+from .search.commands import add_commands
 
 ERROR = 2  # the exit code of argparse for bad arguments, and ours for bad files
+OPTIONAL = ("matplotlib", "optuna", "ray", "rich", "scipy")  # packages that not every command needs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,21 +28,30 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, or 2 after one line on stderr. argv: by default `sys.argv[1:]`."""
-    arguments = _parser().parse_args(argv)
+    """Runs one command and returns the exit code: 0, 2 after one line on stderr, or 130 after Ctrl-C.
+
+    argv: by default `sys.argv[1:]`.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser, run = _parser()
+    arguments = parser.parse_args(words)
     try:
-        save_figure(load_policy(arguments.policy), arguments.output, arguments.map)
+        return run[arguments.command](arguments, ["autodropout", *words])
     except (ValueError, OSError) as error:
         return _fail(error)
     except ImportError as error:
-        if error.name != "matplotlib":
+        if error.name not in OPTIONAL:
             raise
         return _fail(error)
-    return 0
+    except KeyboardInterrupt:
+        print("autodropout: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="autodropout", description="Structured dropout patterns and policies.")
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
+    parser = _Parser(
+        prog="autodropout", description="Structured dropout patterns and policies, and the search for them."
+    )
     commands = parser.add_subparsers(title="commands", dest="command", required=True, parser_class=_Parser)
     show = commands.add_parser(
         "show",
@@ -50,7 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--map", type=_map_size, default=32, metavar="SIDE", help="side of the map in cells (default: %(default)s)"
     )
-    return parser
+    return parser, {"show": _show, **add_commands(commands)}
+
+
+def _show(arguments: argparse.Namespace, _command: Sequence[str]) -> int:
+    save_figure(load_policy(arguments.policy), arguments.output, arguments.map)
+    return 0
 
 
 def _map_size(text: str) -> int:
