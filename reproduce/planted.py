@@ -24,12 +24,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-from autodropout.policy import Policy
-from autodropout.policy import Site
 from autodropout.search.space import Choices
-from autodropout.search.space import SearchSpace
 from autodropout.search.space import Token
 from autodropout.search.space import Value
+from autodropout.search.testing import PlaceholderSpace
 
 BASE = 0.92
 DEPTH = 0.12  # no policy is worse than the base by more than this
@@ -38,28 +36,6 @@ LAST = 50  # trials at the end of a search over which `late_regret` averages
 BUDGETS = (200, 400)
 
 Values = Mapping[str, Value]  # what is asked at one site, by kind
-
-
-class PlantedSpace(SearchSpace):
-    """Tokens whose policies are placeholders: they carry the choices in their provenance, and drop nothing."""
-
-    def __init__(self, name: str, tokens: Sequence[Token]) -> None:
-        super().__init__(tokens)
-        self.name = name
-        self.sites = tokens[-1].site + 1
-
-    def decode(self, choices: Sequence[int]) -> Policy:
-        sites = tuple(Site(f"site{i}", i / max(self.sites - 1, 1)) for i in range(self.sites))
-        return Policy(sites, {"planted": self.name, "choices": list(self.check(choices))})
-
-    def encode(self, policy: Policy) -> Choices:
-        if policy.provenance.get("planted") != self.name:
-            raise ValueError(f"policy must be one of the planted task {self.name}, got {dict(policy.provenance)}")
-        return self.check(policy.provenance["choices"])
-
-    def to_json(self) -> dict[str, Any]:
-        tokens = [[token.site, token.kind, list(token.values), token.when] for token in self.tokens]
-        return {"kind": "planted", "name": self.name, "tokens": tokens}
 
 
 class PlantedTask:
@@ -82,7 +58,7 @@ class PlantedTask:
         link: Callable[[int, Any, Any], float],
     ) -> None:
         self.name = name
-        self.space = PlantedSpace(name, tokens)
+        self.space = PlaceholderSpace(name, tokens)
         self._link = link
         starts = [i for i, token in enumerate(tokens) if i == 0 or tokens[i - 1].site != token.site]
         self._slices = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
