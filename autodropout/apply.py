@@ -20,7 +20,7 @@ from torch import nn
 from .nn import PatternDropout
 from .patterns import Pattern
 from .patterns import TiledPattern
-from .policy import PLACES
+from .policy import MODEL_PLACES
 from .policy import Policy
 from .policy import Site
 from .sites import Example
@@ -120,8 +120,9 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
 
     Raises:
         TypeError: `model` is no module or `policy` no policy.
-        ValueError: the model has no sites, or a policy already; the exact expected rate of a pattern on the map of its
-            site is above 0.95 (needs `example`); `residual` where it means nothing. The model is left untouched.
+        ValueError: the model has no sites, or a policy already; the policy has a site of a place that is not looked for
+            in models; the exact expected rate of a pattern on the map of its site is above 0.95 (needs `example`);
+            `residual` where it means nothing. The model is left untouched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -130,7 +131,11 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     model = getattr(model, "_orig_mod", model)  # as in `find_sites`
     if next(_site_dropouts(model), None) is not None:
         raise ValueError("model has a policy already: call remove_policy first")
-    plan = [step for place in PLACES for step in _plan(model, policy, place, example)]
+    for source in policy.sites:
+        if source.place not in MODEL_PLACES:
+            allowed = " or ".join(map(repr, MODEL_PLACES))
+            raise ValueError(f"place must be {allowed} to be found in a model, got {source.place!r} at {source.name!r}")
+    plan = [step for place in MODEL_PLACES for step in _plan(model, policy, place, example)]
     applied = [_applied(site, pattern) for site, pattern in plan]
 
     for site, pattern in plan:

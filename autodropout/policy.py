@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # version of the file format
 MASKS = 1  # version of the bit definitions: the same pattern and seed drop the same cells
-PLACES = ("batch_norm", "branch")  # what they are in a model: sites.py
+MODEL_PLACES = ("batch_norm", "branch")  # where `apply_policy` puts patterns; what they are in a model: sites.py
+TOKEN_PLACES = ("query", "key", "value", "softmax", "output", "residual")  # of a Transformer's layer
+PLACES = MODEL_PLACES + TOKEN_PLACES
 
 # Depths are quotients of site counts, rounded to floats, so that the distances of an exact tie may differ in the last
 # bit. Distances that do differ are further apart than this in networks of up to ten thousand sites.
@@ -39,8 +41,9 @@ class Site:
     Args:
         name: any non-empty string; "*" in the policies of `Policy.uniform`.
         depth: position in order of execution, from 0 (the first site) to 1 (the last).
-        place: what the pattern is applied to: "batch_norm", the output of a batch normalisation, or "branch", the end
-            of a residual branch (for stochastic depth).
+        place: what the pattern is applied to: "batch_norm", the output of a batch normalisation, "branch", the end of a
+            residual branch (for stochastic depth), or a place of a Transformer's layer: "query", "key", "value",
+            "softmax", "output" (projection) or "residual".
         pattern: the pattern; None = nothing is dropped.
 
     Raises:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .policy import PLACES
+from .policy import MODEL_PLACES
 
 Example = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 Map = tuple[int, int, int]
@@ -46,7 +46,7 @@ class ModelSite:
     Args:
         name: path of the module in the model.
         depth: position in order of execution, from 0 (the first site) to 1 (the last); 0 for a single site.
-        place: one of `PLACES`.
+        place: one of `MODEL_PLACES`.
         maps: (channels, height, width) of the output, every size seen with the example, in order; empty without one.
         target: path of the module whose output is masked; another than `name` where the normalisation brings its
             activation along.
@@ -74,16 +74,16 @@ def find_sites(model: nn.Module, example: Example | None = None, place: str = "b
             buffers and the random number generators are put back.
         example: what the model is called with: a tensor (N, C, H, W), a tuple of positional or a mapping of keyword
             arguments. Modules that it does not reach are no sites. None: order of registration, and no maps.
-        place: one of `PLACES`.
+        place: one of `MODEL_PLACES`.
 
     Returns:
         A tuple of sites, empty if there are none.
 
     Raises:
-        ValueError: `place` is unknown.
+        ValueError: `place` is none of them.
     """
-    if place not in PLACES:
-        raise ValueError(f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}")
+    if place not in MODEL_PLACES:
+        raise ValueError(f"place must be one of {', '.join(map(repr, MODEL_PLACES))}, got {place!r}")
     # A compiled model is looked at from inside: the wrapper would add a component to every path.
     model = getattr(model, "_orig_mod", model)
     candidates = {name: module for name, module in model.named_modules() if _is_site(name, module, place)}

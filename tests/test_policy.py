@@ -23,6 +23,7 @@ from autodropout.policy import Site
 from autodropout.policy import load_policy
 from autodropout.policy import shipped_policies
 
+PLACES = "'batch_norm', 'branch', 'query', 'key', 'value', 'softmax', 'output', 'residual'"
 POLICY = Policy(
     (
         Site("a", 0.0, pattern=TiledPattern(0.25, stride=0.5, repeat=2, residual=True)),
@@ -131,7 +132,7 @@ def test_provenance_is_copied_and_must_be_json() -> None:
         (lambda: Site("", 0), ValueError, "name must not be empty, got ''"),
         (lambda: Site(3, 0), TypeError, "name must be a string, got 3 of type int"),
         (lambda: Site("a", "0"), TypeError, "depth must be in [0, 1], got '0' of type str"),
-        (lambda: Site("a", 0, "relu"), ValueError, "place must be one of 'batch_norm', 'branch', got 'relu'"),
+        (lambda: Site("a", 0, "relu"), ValueError, f"place must be one of {PLACES}, got 'relu'"),
         (lambda: Site("a", 0, pattern=0.5), TypeError, "pattern must be a Pattern or None, got 0.5 of type float"),
     ],
 )
@@ -202,7 +203,7 @@ def remove(*path: str | int) -> Callable[[dict[str, Any]], None]:
         (remove("sites", 1, "pattern"), "sites[1].pattern: missing"),
         (change("sites", 1, "depth", to=1.5), "sites[1].depth: must be in [0, 1], got 1.5"),
         (change("sites", 1, "depth", to=True), "sites[1].depth: must be in [0, 1], got True of type bool"),
-        (change("sites", 1, "place", to="relu"), "sites[1].place: must be one of 'batch_norm', 'branch', got 'relu'"),
+        (change("sites", 1, "place", to="relu"), f"sites[1].place: must be one of {PLACES}, got 'relu'"),
         (change("sites", 1, "name", to=None), "sites[1].name: must be a string, got None of type NoneType"),
         (change("sites", 1, "name", to="a"), "sites[1].name: must differ from sites[0].name, got 'a'"),
         (change("sites", 1, "layer", to=3), "sites[1].layer: unknown field, known are name, depth, place, pattern"),
