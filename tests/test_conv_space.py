@@ -145,6 +145,9 @@ def test_sites_may_be_those_of_a_model_or_explicit() -> None:
     for same in (ConvSpace(found), ConvSpace(explicit)):
         assert same.to_json() == space.to_json()
         assert same.fingerprint() == space.fingerprint()
+    other_types = [ConvSite(s.name, s.depth, [list(m) for m in s.maps], s.ends_block) for s in explicit]  # type: ignore[arg-type, misc]
+    other_types[0] = ConvSite(explicit[0].name, 0, explicit[0].maps)
+    assert ConvSpace(other_types).fingerprint() == space.fingerprint()
     assert ConvSpace(explicit, kinds=KINDS).fingerprint() != space.fingerprint()
     assert ConvSpace(explicit, values={"rotate": (0.0, 15.0)}).fingerprint() != space.fingerprint()
     assert ConvSpace([*explicit[:-1], site(2, name="bn", depth=1.0)]).fingerprint() != space.fingerprint()

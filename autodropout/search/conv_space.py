@@ -92,9 +92,11 @@ class ConvSite:
         for seen in self.maps:
             if len(seen) != 3:
                 raise ValueError(f"maps must hold (channels, height, width), got {seen!r} for {self.name!r}")
-            for side in seen:
-                integer("maps", side, 1, 2**31 - 1)
-        flag("ends_block", self.ends_block)
+        # Equal sites should also look equal in JSON.
+        maps = tuple(tuple(integer("maps", side, 1, 2**31 - 1) for side in seen) for seen in self.maps)
+        object.__setattr__(self, "maps", maps)
+        object.__setattr__(self, "depth", real("depth", self.depth, 0, 1))
+        object.__setattr__(self, "ends_block", flag("ends_block", self.ends_block))
 
     @classmethod
     def of(cls, site: ModelSite) -> ConvSite:

@@ -54,8 +54,10 @@ class TokenSite:
     length: int
 
     def __post_init__(self) -> None:
+        # Equal sites should also look equal in JSON.
+        object.__setattr__(self, "depth", real("depth", self.depth, 0, 1))
         choice("place", self.place, TOKEN_PLACES)
-        integer("length", self.length, 1, MAX_SPAN)
+        object.__setattr__(self, "length", integer("length", self.length, 1, MAX_SPAN))
 
 
 class TokenSpace(SiteSpace):
