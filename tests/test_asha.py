@@ -39,7 +39,7 @@ class Twin:
 def test_it_answers_like_a_naive_twin(direction: str, sign: int, reduction: int, every: int) -> None:
     generator = random.Random(f"{direction}/{reduction}/{every}")
     asha, twin = Asha(direction, 2, reduction), Twin(sign, 2, reduction)
-    step = {number: 0 for number in range(12)}
+    step = dict.fromkeys(range(12), 0)
     begun = len(step)
     answers = []
     while begun < 80:

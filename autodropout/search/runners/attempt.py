@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from ...policy import Policy
 from ..recipe import Recipe
+from ..recipe import load_recipe
 from .base import Failed
 from .base import Finished
 from .base import Outcome
@@ -69,13 +70,23 @@ class _Reports:
         raise TrialStopped
 
 
-def attempt(recipe: Recipe, task: Task, go_on: Callable[[int, float], bool]) -> Outcome:
+def load(path: str) -> Recipe | Exception:
+    """The recipe for `attempt`; or why it cannot be loaded here, with which every attempt then fails."""
+    try:
+        return load_recipe(path)
+    except Exception as error:
+        return error
+
+
+def attempt(recipe: Recipe | Exception, task: Task, go_on: Callable[[int, float], bool]) -> Outcome:
     """Trains. A False from `go_on` ends it: the outcome is then the value of that report.
 
     Raises:
         KeyboardInterrupt: passed through.
         BaseException: what `go_on` raised.
     """
+    if isinstance(recipe, Exception):
+        return failed(task, recipe, 0.0)
     reports = _Reports(go_on)
     begin = time.perf_counter()
     failure: BaseException | None = None

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import IO
 from typing import Any
 
-from . import guard
 from .base import Failed
 from .base import Finished
 from .base import OnReport
 from .base import Outcome
 from .base import Runner
 from .base import Task
+from .guard import Guard
 
 START_SECONDS = 600.0  # most that a worker may take to import what it needs and to load the recipe
 GRACE_SECONDS = 1.0  # between SIGTERM and SIGKILL
@@ -78,7 +78,7 @@ class ProcessRunner(Runner):
         self._logs = None if logs is None else Path(logs)
         self._settings: dict[str, Any] = {}
         self._on_report: OnReport | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
         self._workers: dict[int, _Worker] = {}
 
     def start(self, recipe: str, on_report: OnReport) -> None:
@@ -90,14 +90,7 @@ class ProcessRunner(Runner):
         self._on_report = on_report
         if self._logs is not None:
             self._logs.mkdir(parents=True, exist_ok=True)
-        # As a file, isolated: it needs none of this package's imports.
-        self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._guard = Guard()
         for slot in range(self.slots):
             self._begin(slot)
 
@@ -132,27 +125,22 @@ class ProcessRunner(Runner):
             worker.wait(deadline - time.monotonic())
         for slot in list(self._workers):
             self._end(slot)
-        if self._guard is not None and self._guard.stdin is not None:
-            self._guard.stdin.close()
-            self._guard.wait()
+        if self._guard is not None:
+            self._guard.close()
             self._guard = None
 
     def _begin(self, slot: int) -> _Worker:
         log = tempfile.TemporaryFile() if self._logs is None else open(self._logs / f"worker-{slot}.log", "a+b")  # noqa: SIM115
         worker = self._workers[slot] = _Worker(self._settings, log)
-        self._tell_guard("+", worker)
+        if self._guard is not None:
+            self._guard.add(worker.process.pid)
         return worker
 
     def _end(self, slot: int) -> None:
         worker = self._workers.pop(slot)
         worker.end()
-        self._tell_guard("-", worker)
-
-    def _tell_guard(self, sign: str, worker: _Worker) -> None:
-        if self._guard is not None and self._guard.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # without its guard, a worker still ends at its next message
-                self._guard.stdin.write(f"{sign}{worker.process.pid}\n".encode())
-                self._guard.stdin.flush()
+        if self._guard is not None:
+            self._guard.remove(worker.process.pid)
 
     def _look(self, slot: int) -> Outcome | None:
         """What came of the task of a worker, if anything did; ends a worker that cannot go on."""
@@ -268,7 +256,7 @@ class _Worker:
         else:
             how = f"the worker was killed by {_signal_name(-code)}"
             if -code == signal.SIGKILL:
-                how += ", as the system does with a process when memory runs out"
+                how += ", as the system does when memory runs out"
         if self._memory_limit is not None:
             how += f"; its memory limit was {self._memory_limit} bytes"
         size = os.fstat(self._log.fileno()).st_size

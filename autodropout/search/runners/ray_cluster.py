@@ -10,15 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..recipe import Recipe
-from ..recipe import load_recipe
 from .attempt import attempt
-from .attempt import failed
+from .attempt import load
 from .base import Failed
 from .base import OnReport
 from .base import Outcome
 from .base import Runner
 from .base import Task
+from .guard import Guard
 
 OBJECT_STORE_BYTES = 128 << 20  # of a local cluster; only policies, reports and outcomes are exchanged
 
@@ -255,26 +254,25 @@ class Trainer:
         import torch
 
         torch.set_num_threads(threads)
+        # A killed actor takes along what its training has begun, such as the workers of a data loader.
+        if os.getpgrp() != os.getpid():
+            os.setpgid(0, 0)
+        self._guard = Guard()
+        self._guard.add(os.getpid())
         self._slot = slot
         self._mailbox = mailbox
-        self._recipe: Recipe | Exception
-        try:
-            self._recipe = load_recipe(_recipe_here(path, source))
-        except Exception as error:
-            self._recipe = error
+        self._recipe = load(_recipe_here(path, source))
 
     def run(self, task: Task) -> Outcome:
         import ray
 
         key = (task.number, task.attempt)
         ray.get(self._mailbox.begin.remote(self._slot, key))
-        if isinstance(self._recipe, Exception):
-            return failed(task, self._recipe, 0.0)
-        return attempt(
-            self._recipe,
-            task,
-            lambda step, value: bool(ray.get(self._mailbox.report.remote(self._slot, key, step, value))),
-        )
+
+        def go_on(step: int, value: float) -> bool:
+            return bool(ray.get(self._mailbox.report.remote(self._slot, key, step, value)))
+
+        return attempt(self._recipe, task, go_on)
 
 
 def _recipe_here(path: str, source: bytes) -> str:

@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 
-from ..recipe import Recipe
-from ..recipe import load_recipe
 from .attempt import attempt
-from .attempt import failed
+from .attempt import load
 from .base import Finished
 from .base import Outcome
 from .base import Task
@@ -33,11 +31,11 @@ def main(descriptor: int) -> None:
     limit = settings["memory_limit"]
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    loaded = _load(settings["recipe"])
+    recipe = load(settings["recipe"])
     connection.send({"ready": True})
     while True:
         task = Task(**connection.receive())
-        connection.send(_outcome(_work(loaded, task, connection)))
+        connection.send(_outcome(attempt(recipe, task, connection.report)))
 
 
 class _Connection:
@@ -62,24 +60,9 @@ class _Connection:
         message: dict[str, Any] = json.loads(line)
         return message
 
-
-def _load(path: str) -> Recipe | Exception:
-    """The recipe, or why it cannot be loaded: then every task fails with that."""
-    try:
-        return load_recipe(path)
-    except Exception as error:
-        return error
-
-
-def _work(loaded: Recipe | Exception, task: Task, connection: _Connection) -> Outcome:
-    if isinstance(loaded, Exception):
-        return failed(task, loaded, 0.0)
-
-    def go_on(step: int, value: float) -> bool:
-        connection.send({"report": [step, value]})
-        return bool(connection.receive()["go_on"])
-
-    return attempt(loaded, task, go_on)
+    def report(self, step: int, value: float) -> bool:
+        self.send({"report": [step, value]})
+        return bool(self.receive()["go_on"])
 
 
 def _outcome(outcome: Outcome) -> dict[str, Any]:
