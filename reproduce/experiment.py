@@ -18,12 +18,10 @@ import importlib
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,10 +32,12 @@ from filelock import Timeout
 
 from autodropout import Policy
 from autodropout import apply_policy
+from autodropout.provenance import commit
 
 from .data import ImageData
 from .methods import STRENGTHS
 from .methods import method_policy
+from .methods import policy_origin
 from .training import Recipe
 from .training import build_model
 from .training import example_input
@@ -230,6 +230,7 @@ class Experiment:
             "phase": job.phase,
             "method": job.method,
             "policy": settings.policy_name if job.method == "autodropout" else None,
+            "policy_origin": policy_origin(settings.policy) if job.method == "autodropout" else None,
             "strength": job.strength,
             "seed": job.seed,
             "metric": "accuracy",
@@ -289,21 +290,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-@cache
-def commit() -> str | None:
-    """The git commit of the checkout with this file, "+dirty" if tracked files differ; None outside of a checkout."""
-
-    def git(*command: str) -> str:
-        folder = Path(__file__).resolve().parent
-        run = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
-        return run.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _policy(settings: Settings, data: ImageData, method: str, strength: float | None) -> Policy:

@@ -12,6 +12,7 @@ from autodropout import BlockPattern
 from autodropout import Policy
 from autodropout import Site
 from autodropout import load_policy
+from autodropout.policy import shipped_policies
 
 DEFAULT_POLICY = "hand-v0"
 # Rates for the classical methods; for autodropout one factor on the sizes of the policy's patterns.
@@ -67,8 +68,8 @@ def method_policy(method: str, strength: float | None, blocks: int, block_size: 
     )
 
 
-def method_label(method: str, policy_name: str) -> str:
-    """How the table and the plot call the method; a policy that no search has found says so."""
+def method_label(method: str, policy_name: str, origin: str) -> str:
+    """How the table and the plot call the method; `origin`: of the policy of "autodropout", see `policy_origin`."""
     labels = {
         "none": "none",
         "dropout": "Dropout",
@@ -76,10 +77,15 @@ def method_label(method: str, policy_name: str) -> str:
         "dropblock": "DropBlock",
         "stochasticdepth": "Stochastic depth",
     }
-    if method in labels:
-        return labels[method]
-    remark = ", hand-made, not searched" if policy_name == DEFAULT_POLICY else ""
-    return f"AutoDropout ({policy_name}{remark})"
+    return labels.get(method, f"AutoDropout ({policy_name}, {origin})")
+
+
+def policy_origin(policy: Policy) -> str:
+    """In a few words whether a search has found the policy, which its provenance says and not its name."""
+    found = policy.provenance
+    if found.get("kind") == "searched":
+        return f"searched with the recipe {found['recipe']['name']}, {found['trials']['proposed']} trials"
+    return "hand-made, not searched" if found.get("kind") == "hand-made" else "of unknown origin"
 
 
 def open_policy(name_or_path: str) -> tuple[str, Policy]:
@@ -90,4 +96,4 @@ def open_policy(name_or_path: str) -> tuple[str, Policy]:
         OSError: the file cannot be read.
     """
     policy = load_policy(name_or_path)
-    return (name_or_path if name_or_path == DEFAULT_POLICY else Path(name_or_path).stem), policy
+    return (name_or_path if name_or_path in shipped_policies() else Path(name_or_path).stem), policy

@@ -53,7 +53,8 @@ def section(path: Path) -> str:
         strength = "–" if line["strength"] is None else f"{line['strength']:g}"
         none = accuracies.get("none", {})
         differences = [by_seed[seed] - none[seed] for seed in by_seed if seed in none and method != "none"]
-        label = method_label(method, line["policy"] or "")
+        # Lines from before there were searches do not say it: all policies were made by hand.
+        label = method_label(method, line["policy"] or "", line.get("policy_origin") or "hand-made, not searched")
         accuracy = _interval(list(by_seed.values()), "")
         rows.append(f"| {label} | {strength} | {len(by_seed)} | {accuracy} | {_interval(differences, '+')} |")
     rows += ["", _provenance(path, lines, first, seconds), ""]

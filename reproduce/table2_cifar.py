@@ -35,6 +35,7 @@ from autodropout.reproduce.methods import DEFAULT_POLICY
 from autodropout.reproduce.methods import METHODS
 from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.methods import open_policy
+from autodropout.reproduce.methods import policy_origin
 from autodropout.reproduce.report import Row
 from autodropout.reproduce.report import plot
 from autodropout.reproduce.report import table
@@ -162,7 +163,8 @@ def _parser() -> Parser:
         "--policy",
         default=DEFAULT_POLICY,
         metavar="POLICY",
-        help=f"name or file of the policy that autodropout scales (default: {DEFAULT_POLICY})",
+        help=f"name or file of the policy that autodropout scales, for example DIR/policies/best.json of a search "
+        f"(default: {DEFAULT_POLICY})",
     )
     parser.add_argument(
         "--augment",
@@ -242,7 +244,7 @@ def _report(settings: Settings, data: ImageData, results: Sequence[Result]) -> t
     known = (recipe.depth, recipe.width) == PAPER_NETWORK and data.title.startswith("CIFAR-10")
     rows = [
         Row(
-            method_label(result.method, settings.policy_name),
+            method_label(result.method, settings.policy_name, policy_origin(settings.policy)),
             result.strength,
             tuple(100 * accuracy for accuracy in result.accuracies),
             PAPER.get(recipe.augment) if known and result.method == "autodropout" else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from autodropout.reproduce.methods import STRENGTHS
 from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.methods import method_policy
 from autodropout.reproduce.methods import open_policy
+from autodropout.reproduce.methods import policy_origin
 from autodropout.reproduce.models.wide_resnet import WideResNet
 
 HAND = load_policy("hand-v0")
@@ -91,6 +93,17 @@ def test_labels_say_where_the_policy_comes_from(tmp_path: Path) -> None:
     HAND.save(tmp_path / "found.json")
     assert open_policy("hand-v0") == ("hand-v0", HAND)
     assert open_policy(str(tmp_path / "found.json")) == ("found", HAND)
-    assert method_label("autodropout", "hand-v0") == "AutoDropout (hand-v0, hand-made, not searched)"
-    assert method_label("autodropout", "found") == "AutoDropout (found)"
-    assert [method_label(method, "x") for method in METHODS[:2]] == ["none", "Dropout"]
+    assert (
+        method_label("autodropout", "hand-v0", policy_origin(HAND)) == "AutoDropout (hand-v0, hand-made, not searched)"
+    )
+    assert [method_label(method, "x", "y") for method in METHODS[:2]] == ["none", "Dropout"]
+    # A copy of the hand-made one does not become a learned one by its name.
+    assert policy_origin(load_policy(tmp_path / "found.json")) == "hand-made, not searched"
+    assert policy_origin(Policy.uniform(None)) == "of unknown origin"
+    found = {
+        "kind": "searched",
+        "recipe": {"name": "digits"},
+        "trials": {"proposed": 200, "finished": 199, "failed": 1},
+    }
+    searched = dataclasses.replace(HAND, provenance=found)
+    assert policy_origin(searched) == "searched with the recipe digits, 200 trials"

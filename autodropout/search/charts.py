@@ -82,7 +82,7 @@ def share_chart(
     """
     x_axis, y_axis = _Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT), _Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP)
     tones = [_tone(i, len(labels), ordered) for i in range(len(labels))]
-    parts = []
+    parts = [_frame(x_axis, y_axis, x_label, "share")]
     for i, column in enumerate(shares):
         left, right, bottom = x_axis(edges[i]), x_axis(edges[i + 1]), 0.0
         for share, (colour, opacity) in zip(column, tones, strict=True):
@@ -91,7 +91,6 @@ def share_chart(
                 height = y_axis(bottom) - y_axis(bottom + share)
                 parts.append(f"<rect class='f{colour}' fill-opacity='{opacity:.2f}' {box} height='{height:.1f}'/>")
             bottom += share
-    parts.append(_frame(x_axis, y_axis, x_label, "share"))
     return _svg(parts, x_label) + legend([(label, *tone) for label, tone in zip(labels, tones, strict=True)])
 
 
@@ -108,9 +107,8 @@ class _Axis:
     """Values to places, and ticks at round numbers."""
 
     def __init__(self, low: float, high: float, begin: float, end: float) -> None:
-        if high <= low:
-            margin = abs(low) * 0.01 or 1.0
-            low, high = low - margin, high + margin
+        if high <= low:  # one value
+            low, high = (0.0, 1.0) if low == 0 else (low - 0.01 * abs(low), low + 0.01 * abs(low))
         self.low, self.high, self.begin, self.end = low, high, begin, end
         rough = (high - low) / TICKS
         scale = 10.0 ** math.floor(math.log10(rough))

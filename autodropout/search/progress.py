@@ -39,6 +39,7 @@ class Progress:
         self._clock = clock
         self._begun = self._printed = clock()
         self._before = 0  # trials that were over when this sitting began
+        self._said = 0  # trials that were over at the last plain line about them
         self._live: Any = None
         if stream.isatty() if live is None else live:
             from rich.console import Console
@@ -55,7 +56,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
-        elif self.history.trials:
+        elif self._over != self._said:
             self._line(self._status())
 
     def __call__(self, record: Record, replayed: bool = False) -> None:
@@ -96,7 +97,6 @@ class Progress:
                 shown["entropy"] = f"{entropy:.2f} nats"
             shown["age"] = f"{statistics.fmean(last['ages']):.1f} (at most {max(last['ages'])})"
         shown["failed"] = str(history.failed)
-        shown["busy"] = f"{min(history.unfinished, self.workers)} of {self.workers} workers"
         return shown
 
     def time_left(self) -> float | None:
@@ -107,7 +107,7 @@ class Progress:
         return (self._clock() - self._begun) / done * (self.history.budget - self._over)
 
     def _status(self) -> str:
-        left = self.time_left()
+        left, self._said = self.time_left(), self._over
         figures = ", ".join(f"{name} {value}" for name, value in self.figures().items())
         tail = "" if left is None or not left else f", about {clock_time(left)} left"
         return f"{self._over} of {self.history.budget} trials: {figures}{tail}"
@@ -134,7 +134,9 @@ class Progress:
         head.add_row(Text(_cut(name, 20), style="bold cyan"), bar, counted, waiting)
         lines: list[Any] = [head]
         row = Text()
-        for label, value in self.figures().items():
+        # Only here: a plain line is written when a worker has just become free, and has its next trial a moment later.
+        busy = f"{min(history.unfinished, self.workers)} of {self.workers}"
+        for label, value in {**self.figures(), "workers busy": busy}.items():
             item = Text.assemble((f"{label} ", "dim"), value)
             if row and len(row) + 3 + len(item) > WIDTH:
                 lines.append(row)

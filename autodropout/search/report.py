@@ -47,7 +47,7 @@ body { margin: 0 auto; max-width: 1060px; padding: 20px 16px 60px; background: v
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 36px 0 8px; } h3 { font-size: 14px; margin: 0 0 6px; }
 p { margin: 4px 0 10px; } .muted, .none { color: var(--muted); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; margin: 16px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 220px), 1fr)); gap: 10px; margin: 16px 0; }
 .tiles div { background: var(--panel); border-radius: 8px; padding: 9px 12px; }
 .tiles b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
 .tiles span { font-size: 13px; color: var(--muted); }
