@@ -10,7 +10,8 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 40
 COLOURS = 8
-TICKS = 5
+TICKS = 6
+MARGIN = 0.03  # of the range of y
 
 STYLE = """
 :root { --c0: #1f6feb; --c1: #d9730d; --c2: #2a8a4a; --c3: #b83280; --c4: #6f42c1; --c5: #0e8a8a; --c6: #a8890b;
@@ -22,7 +23,7 @@ svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 12px; fill: var(--muted); font-variant-numeric: tabular-nums; }
 svg .grid { stroke: var(--line); stroke-width: 1; fill: none; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-svg .dots { fill: none; stroke-width: 4; stroke-linecap: round; stroke-opacity: 0.45; }
+svg .dots { fill: none; stroke-width: 4.5; stroke-linecap: round; stroke-opacity: 0.55; }
 svg .marks { fill: none; stroke-width: 1.5; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 2px 0 0; font-size: 13px; color: var(--muted); }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 5px; }
@@ -60,7 +61,9 @@ def xy_chart(series: Sequence[Series], x_label: str, y_label: str, zero: bool = 
     ys = [y for one in drawn if one.form != "marks" for y in one.y] + ([0.0] if zero else [])
     if not xs or len(ys) <= zero:
         return f"<p class='none'>{html.escape(y_label)}: nothing yet.</p>"
-    x_axis, y_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT), _Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP)
+    margin = MARGIN * (max(ys) - min(ys))  # so that no dot is cut
+    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    y_axis = _Axis(min(ys) - (0 if zero else margin), max(ys) + margin, HEIGHT - BOTTOM, TOP)
     parts = [_frame(x_axis, y_axis, x_label, y_label)]
     for one in drawn:
         points = [(x_axis(x), y_axis(y)) for x, y in zip(one.x, one.y, strict=True)]

@@ -64,6 +64,7 @@ class Progress:
         history, best = self.history, self.history.best
         history(record, replayed)
         if replayed:
+            self._said = self._over
             return
         kind = record["record"]
         if kind in ("run", "resume"):

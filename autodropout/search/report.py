@@ -35,7 +35,7 @@ from .run_folder import open_search
 from .space import SearchSpace
 
 FILE = "report.html"
-WINDOWS = 24  # of trials, for the marginal distributions over time
+WINDOWS, WINDOW = 24, 5  # at most so many windows of at least so many trials, for the distributions over time
 MEAN_OF = 20  # trials of the moving mean
 BEST = 3  # policies that are drawn
 FAILURES = 20  # failed attempts that are listed
@@ -47,7 +47,8 @@ body { margin: 0 auto; max-width: 1060px; padding: 20px 16px 60px; background: v
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 36px 0 8px; } h3 { font-size: 14px; margin: 0 0 6px; }
 p { margin: 4px 0 10px; } .muted, .none { color: var(--muted); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 220px), 1fr)); gap: 10px; margin: 16px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 220px), 1fr)); gap: 10px;
+  margin: 16px 0; }
 .tiles div { background: var(--panel); border-radius: 8px; padding: 9px 12px; }
 .tiles b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
 .tiles span { font-size: 13px; color: var(--muted); }
@@ -105,8 +106,9 @@ def _summary(history: History) -> str:
     header, best, over = history.header, history.best, len(history.told) + history.failed
     state = "complete" if over == history.budget else f"{over} of {history.budget} trials are over so far"
     begun = f"begun {header['time'][:16].replace('T', ' ')} UTC"
-    runner = ", ".join(f"{name} {value}" for name, value in header["runner"].items() if name != "kind")
-    line = f"Searcher {header['searcher']['name']}; runner {header['runner']['kind']}, {runner}; {begun}; {state}."
+    runner = header["runner"]
+    workers = _counted(runner["workers"], "worker", "workers")
+    line = f"Searcher {header['searcher']['name']}; {workers} ({runner['kind']}); {begun}; {state}."
     seconds = [trial.seconds for trial in history.told]
     ages = [age for update in history.updates for age in update["ages"]]
     stopped = sum(trial.stopped is not None for trial in history.told)
@@ -334,7 +336,7 @@ def _series(label: str, form: str, colour: int, values: Sequence[float | None]) 
 
 
 def _edges(history: History) -> list[int]:
-    return window_edges(len(history.trials), WINDOWS)
+    return window_edges(len(history.trials), min(WINDOWS, len(history.trials) // WINDOW))
 
 
 def _last(history: History) -> int:
