@@ -29,16 +29,17 @@ from autodropout.search.space import Token
 from autodropout.search.space import Value
 from autodropout.search.testing import PlaceholderSpace
 
+from .benchmark_task import BenchmarkTask
+
 BASE = 0.92
 DEPTH = 0.12  # no policy is worse than the base by more than this
 NOISE = 0.015
-LAST = 50  # trials at the end of a search over which `late_regret` averages
 BUDGETS = (200, 400)
 
 Values = Mapping[str, Value]  # what is asked at one site, by kind
 
 
-class PlantedTask:
+class PlantedTask(BenchmarkTask):
     """A space, the accuracy of each of its sequences, and the best of them.
 
     Args:
@@ -75,11 +76,6 @@ class PlantedTask:
         self.optimum = self.value(self.best)
 
     def value(self, choices: Sequence[int]) -> float:
-        """The accuracy of a sequence, without noise.
-
-        Raises:
-            ValueError: not a sequence of the space.
-        """
         choices = tuple(choices)
         keys = [choices[where] for where in self._slices]
         if len(choices) != len(self.space.tokens) or any(k not in t for k, t in zip(keys, self._tables, strict=True)):
@@ -89,17 +85,8 @@ class PlantedTask:
         return BASE + _squash(math.fsum([*(effect for effect, _ in sites), *links]))
 
     def observe(self, choices: Sequence[int], seed: int) -> float:
-        """One training with this seed: the accuracy, plus noise that depends on the seed alone."""
+        # The noise depends on the seed alone: two searchers see the same noise in trials of the same number.
         return self.value(choices) + random.Random(f"{self.name}/{seed}").gauss(0, NOISE)
-
-    def simple_regret(self, choices: Sequence[Sequence[int]], observed: Sequence[float]) -> float:
-        """What the policy that a search returns lacks: that of the best observation, the earliest of equal ones."""
-        return self.optimum - self.value(choices[max(range(len(observed)), key=observed.__getitem__)])
-
-    def late_regret(self, choices: Sequence[Sequence[int]]) -> float:
-        """What the last 50 proposals of a search lack on average, without noise: has its view of the space improved?"""
-        last = choices[-LAST:]
-        return self.optimum - math.fsum(self.value(each) for each in last) / len(last)
 
     def _solve(self) -> Choices:
         """The best sequence: for each label of a site, the best beginning that ends in it."""
