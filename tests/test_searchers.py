@@ -12,6 +12,7 @@ from autodropout.search.evolution import EvolutionSearcher
 from autodropout.search.evolution import mutated
 from autodropout.search.random_search import RandomSearcher
 from autodropout.search.searcher import Sample
+from autodropout.search.searchers import SEARCHERS
 from autodropout.search.searchers import make_searcher
 from autodropout.search.space import Token
 from autodropout.search.testing import PlaceholderSpace
@@ -37,6 +38,11 @@ class TestEvolution(SearcherContract):
 class TestTPE(SearcherContract):
     def make(self, space, seed):
         return make_searcher("tpe", space, seed)
+
+
+class TestController(SearcherContract):
+    def make(self, space, seed):
+        return make_searcher("controller", space, seed)
 
 
 def test_random_is_uniform():
@@ -150,7 +156,7 @@ def test_tpe_says_nothing(capfd):
     assert optuna.logging.get_verbosity() == before
 
 
-@pytest.mark.parametrize("name", ["evolution", "tpe"])
+@pytest.mark.parametrize("name", ["evolution", "tpe", "controller"])
 def test_those_who_learn_come_near_the_best(name):
     """The share of zeros, which is the reward, in 50 proposals after 200 trials."""
     space = PlaceholderSpace("line", [Token(0, f"t{i}", (0, 1, 2, 3)) for i in range(6)])
@@ -161,7 +167,7 @@ def test_those_who_learn_come_near_the_best(name):
 
 
 def test_names():
-    for name in ("random", "evolution", "tpe"):
+    for name in SEARCHERS:
         searcher = make_searcher(name, NESTED, 3)
         assert type(searcher).__name__.lower() == f"{name}searcher"
         assert searcher.settings()["seed"] == 3
