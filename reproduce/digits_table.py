@@ -38,11 +38,11 @@ from tqdm import tqdm
 
 from autodropout import Policy
 from autodropout import apply_policy
+from autodropout.provenance import commit
 from autodropout.reproduce.augment import derive
 from autodropout.reproduce.data import DIGITS
 from autodropout.reproduce.data import ImageData
 from autodropout.reproduce.data import open_data
-from autodropout.reproduce.experiment import commit
 from autodropout.reproduce.experiment import device_name
 from autodropout.reproduce.experiment import versions
 from autodropout.reproduce.training import Normalise

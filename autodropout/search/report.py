@@ -113,7 +113,7 @@ def _summary(history: History) -> str:
     ages = [age for update in history.updates for age in update["ages"]]
     stopped = sum(trial.stopped is not None for trial in history.told)
     tiles = [
-        ("best metric" if best is None else f"best metric, trial {best.number}", _number(best and best.metric)),
+        ("best metric", _number(None)) if best is None else (f"best metric, trial {best.number}", _number(best.metric)),
         (f"mean of the last {min(MEAN_OF, len(history.told))}", _number(_mean(_metrics(history)[-MEAN_OF:]))),
         ("finished trials" if not stopped else f"finished trials, {stopped} of them early", str(len(history.told))),
         ("failed trials", str(history.failed)),

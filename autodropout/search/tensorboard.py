@@ -37,7 +37,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.history = History()
-        self._writer: Any = SummaryWriter(str(folder / FOLDER))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder / FOLDER))
 
     def __enter__(self) -> TensorBoard:
         return self
