@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch import nn
+from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel
 
 from .space import Choices
 from .space import SearchSpace
@@ -35,7 +37,7 @@ HEADS = 4
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Arithmetic whatever the process is set to: on one CPU thread, float32 products in full, without autocast.
+    """Arithmetic whatever the process is set to: one CPU thread, full float32 products, one attention, no autocast.
 
     The order of a sum, and with it the last bit, depends on the number of threads; a search must be the same on every
     resume. The settings found are restored.
@@ -45,7 +47,7 @@ def isolated() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -86,25 +88,23 @@ class _Block(nn.Module):
         self.up = _normal((4 * width, width), inner, generator, dtype)
         self.down = _normal((width, 4 * width), 0.5 * inner * added, generator, dtype)
 
-    def forward(self, x: Tensor, future: Tensor) -> Tensor:
-        """(B, T, width), all tokens at once; `future`: (T, T), True where a column is after its row."""
-        query, key, value = self._heads(x)
-        scores = (query @ key.transpose(-1, -2)).masked_fill(future, -torch.inf)
-        return self._rest(x, scores.softmax(-1) @ value)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, width), all tokens at once."""
+        return self._rest(x, F.scaled_dot_product_attention(*self._heads(x), is_causal=True))
 
     def step(self, x: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
         """(B, 1, width), the token at `position`; its key and value go into caches (B, heads, T, width / heads)."""
         query, key, value = self._heads(x)
         keys[:, :, position : position + 1] = key
         values[:, :, position : position + 1] = value
-        scores = query @ keys[:, :, : position + 1].transpose(-1, -2)
+        scores = query @ keys[:, :, : position + 1].transpose(-1, -2) * query.shape[-1] ** -0.5
         return self._rest(x, scores.softmax(-1) @ values[:, :, : position + 1])
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, width = x.shape
         qkv = F.linear(self.norm_attention(x), self.qkv).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return query * (width // self.heads) ** -0.5, key, value
+        return query, key, value
 
     def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + F.linear(attended.transpose(1, 2).reshape(x.shape), self.out)
@@ -166,7 +166,6 @@ class Controller(nn.Module):
             for position, token in enumerate(tokens)
             if token.when is not None
         }
-        self._future = torch.ones(self.length, self.length, dtype=torch.bool, device="cpu").triu(1)
 
         generator = torch.Generator("cpu").manual_seed(seed % 2**63)
         # The last row of `choice` is what stands before the first token.
@@ -191,7 +190,7 @@ class Controller(nn.Module):
         before = F.pad((self._start + given)[:, :-1], (1, 0), value=self.vocabulary)
         x = F.embedding(before, self.choice) + self._what()
         for block in self.blocks:
-            x = block(x, self._future)
+            x = block(x)
         logits = F.linear(self.norm(x), self.head, self.bias)
         log_probs = self._log_probs(logits.gather(-1, self._words.expand(len(given), -1, -1)), asked, self._count)
         # An impossible choice has probability 0 and log-probability -inf; its share of the entropy is 0.
