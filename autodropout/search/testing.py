@@ -152,7 +152,7 @@ class SearcherContract:
         trials: that most tests run; enough for several updates, and for what a searcher does after its beginning.
     """
 
-    trials = 60
+    trials = 48
 
     def make(self, space: SearchSpace, seed: int) -> Searcher:
         """A fresh searcher."""
