@@ -41,6 +41,7 @@ from autodropout.search.runners.in_process import InProcessRunner
 from autodropout.search.runners.processes import ProcessRunner
 from autodropout.search.runners.ray_cluster import RayRunner
 from autodropout.search.runners.ray_cluster import _capacity
+from autodropout.search.runners.ray_cluster import _recipe_here
 
 RECIPE = """
 DIRECTION = "max"
@@ -115,16 +116,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[str]:
     pytest.importorskip("ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # whether the user has a token for clusters or not
+        from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    try:
-        cluster.add_node(**node)
-        yield cluster.address
-    finally:
-        cluster.shutdown()
+        node = {"num_cpus": 1, "object_store_memory": 100 << 20}
+        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        try:
+            cluster.add_node(**node)
+            yield cluster.address
+        finally:
+            cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -480,6 +483,19 @@ def test_how_many_actors_fit() -> None:
     assert _capacity(nodes, 1, 0.5) == 4
     assert _capacity(nodes, 0.1, 0) == 80 + 30
     assert _capacity(nodes, 16, 0) == 0
+
+
+def test_a_node_without_the_recipe_gets_a_copy(recipe: Path, tmp_path: Path) -> None:
+    source = recipe.read_bytes()
+    assert _recipe_here(str(recipe), source) == str(recipe)
+    (tmp_path / "coded.py").write_text("another one")
+    for path in [tmp_path / "coded.py", tmp_path / "nowhere" / "coded.py"]:
+        copy = Path(_recipe_here(str(path), source))
+        assert copy != path
+        assert copy.name == "coded.py"
+        assert copy.read_bytes() == source
+        copy.unlink()
+        copy.parent.rmdir()
 
 
 @pytest.mark.parametrize(

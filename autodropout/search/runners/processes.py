@@ -130,11 +130,15 @@ class ProcessRunner(Runner):
             self._guard = None
 
     def _begin(self, slot: int) -> _Worker:
-        log = tempfile.TemporaryFile() if self._logs is None else open(self._logs / f"worker-{slot}.log", "a+b")  # noqa: SIM115
-        worker = self._workers[slot] = _Worker(self._settings, log)
+        worker = self._workers[slot] = _Worker(self._settings, self._open_log(slot))
         if self._guard is not None:
             self._guard.add(worker.process.pid)
         return worker
+
+    def _open_log(self, slot: int) -> IO[bytes]:
+        if self._logs is None:
+            return tempfile.TemporaryFile()
+        return open(self._logs / f"worker-{slot}.log", "a+b")
 
     def _end(self, slot: int) -> None:
         worker = self._workers.pop(slot)
@@ -198,7 +202,7 @@ class _Worker:
 
     def __init__(self, settings: dict[str, Any], log: IO[bytes]) -> None:
         self.connection, theirs = socket.socketpair()
-        program = PROGRAM.format(path=sys.path, descriptor=theirs.fileno())
+        program = PROGRAM.format(path=[str(path) for path in sys.path], descriptor=theirs.fileno())
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", "-c", program],

@@ -244,7 +244,9 @@ class Mailbox:
         return letters
 
     async def answer(self, slot: int, go_on: bool) -> None:
-        self._answers.pop(slot).set_result(go_on)
+        answer = self._answers.pop(slot)
+        if not answer.done():  # the actor that asked has died
+            answer.set_result(go_on)
 
 
 class Trainer:
