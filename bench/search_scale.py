@@ -14,11 +14,13 @@ import platform
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -63,7 +65,8 @@ class Scale:
         trials, tokens: of the search.
         batch_size: of the searcher.
         propose, update: of the searcher in all.
-        driver: of everything in all.
+        disk: real time of waiting for the disk (fsync).
+        driver: of everything in all, the waiting included.
         wall: real time of everything.
         journal: bytes.
         resume: from opening the journal to where trainings go on, just before another snapshot would have been due.
@@ -76,6 +79,7 @@ class Scale:
     batch_size: int
     propose: float
     update: float
+    disk: float
     driver: float
     wall: float
     journal: int
@@ -145,6 +149,18 @@ class InstantRunner(Runner):
         self._tasks.clear()
 
 
+class TimedFsync:
+    """`os.fsync`, and how long the process only waited in it."""
+
+    def __init__(self, fsync: Callable[[int], None]) -> None:
+        self.fsync, self.waited = fsync, 0.0
+
+    def __call__(self, file: int) -> None:
+        cpu, wall = time.process_time(), time.perf_counter()
+        self.fsync(file)
+        self.waited += (time.perf_counter() - wall) - (time.process_time() - cpu)
+
+
 def measure(folder: Path, trials: int) -> Scale:
     """Runs a search of so many trials in `folder`, and resumes it where there is most to repeat."""
     recipe, run = _recipe(folder), folder / "run"
@@ -152,7 +168,8 @@ def measure(folder: Path, trials: int) -> Scale:
     # An interruption just before a snapshot is due falls among the last trials: 5 s are work for less than 600 of them.
     runner = InstantRunner(searcher, max(1, trials - 600))
     cpu, wall = time.process_time(), time.perf_counter()
-    start_search(run, recipe, searcher, runner, trials=trials, snapshot_seconds=SNAPSHOT_SECONDS, command=["bench"])
+    with mock.patch("os.fsync", TimedFsync(os.fsync)) as fsync:
+        start_search(run, recipe, searcher, runner, trials=trials, snapshot_seconds=SNAPSHOT_SECONDS, command=["bench"])
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     again = TimedSearcher(_space())
     resumed = InstantRunner(again, 0)
@@ -165,7 +182,8 @@ def measure(folder: Path, trials: int) -> Scale:
         batch_size=searcher.batch_size,
         propose=searcher.proposing,
         update=searcher.updating,
-        driver=cpu,
+        disk=fsync.waited,
+        driver=cpu + fsync.waited,
         wall=wall,
         journal=(run / FILE).stat().st_size,
         resume=resumed.replayed[0] - begun[0],
@@ -215,7 +233,7 @@ def shortest_training(driver: DriverTime, batch_size: int, share: float = BUSY) 
 def table(scale: Scale) -> list[str]:
     """The lines that are printed, 80 columns."""
     each = 1000 / scale.trials
-    rest = scale.driver - scale.propose - scale.update
+    rest = scale.driver - scale.disk - scale.propose - scale.update
     driver = scale.driver_time()
     asynchronous = busy(driver, scale.batch_size, TRAINING_SECONDS)
     synchronous = busy(driver, scale.batch_size, TRAINING_SECONDS, synchronous=True)
@@ -226,6 +244,7 @@ def table(scale: Scale) -> list[str]:
         f"  {'propose':<36}{scale.propose * each:>9.2f} ms a trial",
         f"  {'update, its share':<36}{scale.update * each:>9.2f} ms a trial",
         f"  {'journal, queues, policies, snapshots':<36}{rest * each:>9.2f} ms a trial",
+        f"  {'waiting for the disk':<36}{scale.disk * each:>9.2f} ms a trial",
         f"  {'driver in all':<36}{scale.driver * each:>9.2f} ms a trial   below {BOUNDS['driver']:.0f}",
         f"  {'driver in real time':<36}{scale.wall * each:>9.2f} ms a trial",
         f"  {'journal':<36}{scale.journal / 1e6:>9.1f} MB           below {BOUNDS['journal']:.0f}",
