@@ -144,8 +144,9 @@ def test_without_weights_stale_samples_give_another_gradient() -> None:
     assert float((biased - exact).norm()) > 0.1 * float(exact.norm())
 
 
+@pytest.mark.parametrize("stale", [0.3, 5.0])
 @pytest.mark.parametrize("importance_weights", [True, False])
-def test_an_update_takes_the_gradient_of_its_figures(importance_weights: bool) -> None:
+def test_an_update_takes_the_gradient_of_its_figures(importance_weights: bool, stale: float) -> None:
     """Adam's first moment after one step is a tenth of the gradient: against advantages and weights computed here."""
     space = conditional()
     searcher = ControllerSearcher(
@@ -163,15 +164,15 @@ def test_an_update_takes_the_gradient_of_its_figures(importance_weights: bool) -
     now = searcher.controller.log_prob(sequences).detach().tolist()
     rewards = [1.0, 4.0, 2.0, 3.0]
     ages = [0, 2, 1, 0]
-    recorded = [now[0] + 0.25, now[1] + 0.5, now[2] - 0.6, now[3] - 9.0]
-    weights = [1.0, math.exp(-0.5), math.exp(0.6), 1.0] if importance_weights else [1.0] * 4
+    recorded = [now[0] + 0.25, now[1] + stale, now[2] - 0.6, now[3] - 9.0]
+    weights = [1.0, math.exp(-stale), math.exp(0.6), 1.0] if importance_weights else [1.0] * 4
     scale = math.sqrt((1.5**2 + 1.5**2 + 0.5**2 + 0.5**2) / 4)
 
     evaluation = searcher.controller.evaluate(sequences)
     expected = -0.2 * evaluation.entropies.sum() / 4
     for row in range(4):
         advantage = (rewards[row] - 2.5) / scale
-        expected = expected - min(weights[row], 1.5) * advantage * evaluation.log_probs[row].sum() / 4
+        expected = expected - min(max(weights[row], 1 / 1.5), 1.5) * advantage * evaluation.log_probs[row].sum() / 4
     exact = gradient(searcher.controller, expected)
 
     figures = searcher.update(samples_of(sequences, rewards, ages, recorded))
@@ -182,7 +183,7 @@ def test_an_update_takes_the_gradient_of_its_figures(importance_weights: bool) -
     assert figures["loss"] == pytest.approx(float(expected.detach()), rel=GRADIENT_ROUNDING)
     assert figures["weights"] == pytest.approx(weights, rel=GRADIENT_ROUNDING)
     assert [figures["weights"][0], figures["weights"][3]] == [1.0, 1.0]
-    assert figures["clipped"] == (0.25 if importance_weights else 0.0)
+    assert figures["clipped"] == (0.0 if not importance_weights else 0.25 if stale < 0.4 else 0.5)
     assert figures["baseline"] == 2.5
     assert figures["advantage_std"] == pytest.approx(scale, rel=1e-15)
     entropies = evaluation.entropies.detach()
@@ -225,8 +226,9 @@ def test_weights_of_stale_samples_are_the_ratios_of_recorded_probabilities() -> 
             assert update.ages == (age,) * 4
             ratios = [math.exp(now - trials[late].log_prob) for now, late in zip(before, update.trials, strict=True)]
             assert update.figures["weights"] == (pytest.approx(ratios, rel=1e-12) if age else [1.0] * 4)
-            assert update.figures["clipped"] == sum(ratio > 1.2 for ratio in ratios) / 4
-    assert max(ratios) > 1.2 > min(ratios)
+            assert update.figures["clipped"] == sum(not 1 / 1.2 <= ratio <= 1.2 for ratio in ratios) / 4
+    assert max(ratios) > 1.2
+    assert min(ratios) < 1 / 1.2
 
 
 def test_baseline_and_scale_are_moving_averages() -> None:
@@ -444,7 +446,7 @@ def test_settings_make_the_same_searcher() -> None:
         ("entropy_coefficient", -0.1),
         ("entropy_half_life", 0.0),
         ("baseline_decay", 1.5),
-        ("weight_clip", math.inf),
+        ("weight_clip", 0.5),
         ("gradient_clip", math.nan),
         ("epochs", 0),
         ("ratio_clip", -1.0),

@@ -56,9 +56,10 @@ class ControllerSearcher(Searcher):
       does not turn the gradient, and it keeps a single reward, of a training that diverged for example, from becoming
       an advantage of more than `sqrt(batch_size / (1 - baseline_decay))`. With it accuracies in percent, in shares and
       perplexities need the same settings.
-    - *Importance weight* `w_i = P(r_i; theta now) / P(r_i; theta when sampled)`, clipped from above: a sample counts at
-      most `weight_clip` times. A sample of age 0 was drawn from the controller as it is now, so its probability then is
-      the one computed now, and its weight is exactly 1.
+    - *Importance weight* `w_i = P(r_i; theta now) / P(r_i; theta when sampled)`, clipped to `[1/c, c]`. From below,
+      too, which gives up some of the correction: over long sequences most ratios are close to 0, and with them
+      nearly all that stale samples have to teach. A sample of age 0 was drawn from the controller as it is now, so its
+      probability then is the one computed now, and its weight is exactly 1.
     - *Entropy* `H_i`: the sum of the entropies of the distributions along the sample, in nats. Its coefficient halves
       every `entropy_half_life` updates.
     - *Step*: Adam on the gradient, whose norm is clipped. With `epochs` more than 1 a batch is used again: the weight
@@ -79,7 +80,7 @@ class ControllerSearcher(Searcher):
         baseline_decay: of baseline and scale, in [0, 1]; 0: the last batch alone, 1: the first one for ever.
         normalize_advantages: whether advantages are divided by the scale.
         importance_weights: False: every weight is 1, as if no sample were stale.
-        weight_clip: largest weight.
+        weight_clip: c, the largest weight, at least 1.
         gradient_clip: largest norm of the gradient.
         epochs: steps on each batch.
         ratio_clip: of the ratios of tokens; without effect for one epoch.
@@ -115,7 +116,7 @@ class ControllerSearcher(Searcher):
         self.baseline_decay = real("baseline_decay", baseline_decay, 0, 1)
         self.normalize_advantages = flag("normalize_advantages", normalize_advantages)
         self.importance_weights = flag("importance_weights", importance_weights)
-        self.weight_clip = real("weight_clip", weight_clip, TINY)
+        self.weight_clip = real("weight_clip", weight_clip, 1)
         self.gradient_clip = real("gradient_clip", gradient_clip, TINY)
         self.epochs = integer("epochs", epochs, 1, 1000)
         self.ratio_clip = real("ratio_clip", ratio_clip, 0)
@@ -142,7 +143,7 @@ class ControllerSearcher(Searcher):
         """Learns from `batch_size` samples.
 
         Returns:
-            Of the first epoch: `weights` (one a sample, before they are clipped), `clipped` (share of them above the
+            Of the first epoch: `weights` (one a sample, before they are clipped), `clipped` (share of them beyond the
             clip), `baseline` (the one used), `advantage_std` (the scale, in units of the reward), `entropy` (nats, mean
             over the samples), `entropy_by_kind` (mean over the tokens that were asked; kinds that were not are left
             out), `loss`, `gradient_norm` (before it is clipped).
@@ -158,14 +159,14 @@ class ControllerSearcher(Searcher):
             start = self.controller.evaluate(choices)
             weights = self._weights(samples, start.log_probs)
             baseline, advantages = self._advantages(samples)
-            clipped = weights.clamp_max(self.weight_clip)
+            clipped = weights.clamp(1 / self.weight_clip, self.weight_clip)
             figures = self._step(start, start, clipped, advantages)
             for _ in range(1, self.epochs):
                 self._step(self.controller.evaluate(choices), start, clipped, advantages)
         self.updates += 1
         return {
             "weights": weights.tolist(),
-            "clipped": float((weights > self.weight_clip).double().mean()),
+            "clipped": float((weights != clipped).double().mean()),
             "baseline": baseline,
             "advantage_std": self.variance**0.5,
             "entropy": float(start.entropies.detach().sum(-1).mean()),
