@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 40
-COLOURS = 8
+COLOURS = 12
 TICKS = 6
 MARGIN = 0.03  # of the range of y
 
 STYLE = """
-:root { --c0: #1f6feb; --c1: #d9730d; --c2: #2a8a4a; --c3: #b83280; --c4: #6f42c1; --c5: #0e8a8a; --c6: #a8890b;
-  --c7: #8a5a44; --ink: #1c2128; --muted: #5b6572; --line: #d8dee6; --paper: #ffffff; --panel: #f6f8fa; }
-@media (prefers-color-scheme: dark) { :root { --c0: #6cb0ff; --c1: #f0a35e; --c2: #6bc98a; --c3: #f08ac0; --c4: #b79af5;
-  --c5: #57c9c9; --c6: #dcc04f; --c7: #c99a84; --ink: #e4e9ef; --muted: #9aa5b1; --line: #39424d; --paper: #12161b;
-  --panel: #1b2128; } }
+:root { --ink: #1c2128; --muted: #5b6572; --line: #d8dee6; --paper: #ffffff; --panel: #f6f8fa;
+  --c0: #1f6feb; --c1: #d9730d; --c2: #2a8a4a; --c3: #b83280; --c4: #6f42c1; --c5: #0e8a8a;
+  --c6: #a8890b; --c7: #8a5a44; --c8: #c62f3b; --c9: #5b8c00; --c10: #55677d; --c11: #9c6ade; }
+@media (prefers-color-scheme: dark) { :root {
+  --ink: #e4e9ef; --muted: #9aa5b1; --line: #39424d; --paper: #12161b; --panel: #1b2128;
+  --c0: #6cb0ff; --c1: #f0a35e; --c2: #6bc98a; --c3: #f08ac0; --c4: #b79af5; --c5: #57c9c9;
+  --c6: #dcc04f; --c7: #c99a84; --c8: #ff8a80; --c9: #a8d65c; --c10: #9fb3c8; --c11: #d7b8ff; } }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 12px; fill: var(--muted); font-variant-numeric: tabular-nums; }
 svg .grid { stroke: var(--line); stroke-width: 1; fill: none; }
@@ -62,7 +64,7 @@ def xy_chart(series: Sequence[Series], x_label: str, y_label: str, zero: bool = 
     if not xs or len(ys) <= zero:
         return f"<p class='none'>{html.escape(y_label)}: nothing yet.</p>"
     margin = MARGIN * (max(ys) - min(ys))  # so that no dot is cut
-    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=all(x == int(x) for x in xs))
     y_axis = _Axis(min(ys) - (0 if zero else margin), max(ys) + margin, HEIGHT - BOTTOM, TOP)
     parts = [_frame(x_axis, y_axis, x_label, y_label)]
     for one in drawn:
@@ -83,7 +85,8 @@ def share_chart(
         x_label: of the x axis.
         ordered: the values are numbers: shades of one colour instead of many colours.
     """
-    x_axis, y_axis = _Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT), _Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP)
+    x_axis = _Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT, whole=True)
+    y_axis = _Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP)
     tones = [_tone(i, len(labels), ordered) for i in range(len(labels))]
     parts = [_frame(x_axis, y_axis, x_label, "share")]
     for i, column in enumerate(shares):
@@ -107,13 +110,13 @@ def legend(entries: Sequence[tuple[str, int, float]]) -> str:
 
 
 class _Axis:
-    """Values to places, and ticks at round numbers."""
+    """Values to places, and ticks at round numbers; `whole`: at integers only."""
 
-    def __init__(self, low: float, high: float, begin: float, end: float) -> None:
+    def __init__(self, low: float, high: float, begin: float, end: float, whole: bool = False) -> None:
         if high <= low:  # one value
             low, high = (0.0, 1.0) if low == 0 else (low - 0.01 * abs(low), low + 0.01 * abs(low))
         self.low, self.high, self.begin, self.end = low, high, begin, end
-        rough = (high - low) / TICKS
+        rough = max((high - low) / TICKS, 1.0 if whole else 0.0)
         scale = 10.0 ** math.floor(math.log10(rough))
         self.step = next(scale * nice for nice in (1, 2, 5, 10) if scale * nice >= rough * 0.999)
 
