@@ -1,32 +1,17 @@
-"""Search spaces small enough to enumerate, whose policies mean nothing."""
+"""Search spaces small enough to enumerate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from autodropout import Policy
 from autodropout.search.space import Choices
 from autodropout.search.space import SearchSpace
 from autodropout.search.space import Token
+from autodropout.search.testing import PlaceholderSpace
 
 
-class PlainSpace(SearchSpace):
-    """Sequences without policies: for what works on choices alone."""
-
-    def decode(self, choices: Sequence[int]) -> Policy:
-        raise NotImplementedError
-
-    def encode(self, policy: Policy) -> Choices:
-        raise NotImplementedError
-
-    def to_json(self) -> dict[str, Any]:
-        return {"tokens": [[token.site, token.kind, list(token.values), token.when] for token in self.tokens]}
-
-
-def conditional() -> PlainSpace:
+def conditional() -> PlaceholderSpace:
     """Two sites; three kinds, one of them with two value sets; tokens that others leave out, also at second hand."""
-    return PlainSpace(
+    return PlaceholderSpace(
+        "conditional",
         [
             Token(0, "op", ("off", "tiled", "rate")),
             Token(0, "size", (1, 2, 3, 4), when=(0, (1, 2))),
@@ -34,23 +19,23 @@ def conditional() -> PlainSpace:
             Token(3, "op", ("off", "tiled", "rate")),
             Token(3, "size", (1, 2, 3), when=(3, (1,))),
             Token(3, "share", (False,)),
-        ]
+        ],
     )
 
 
-def sites(count: int) -> PlainSpace:
+def sites(count: int) -> PlaceholderSpace:
     """`count` sites of four tokens, three of them asked only where the first is not "off"."""
-    tokens = []
+    tokens: list[Token] = []
     for site in range(count):
         first = len(tokens)
         tokens.append(Token(site, "op", ("off", "a", "b")))
         tokens += [Token(site, f"value {kind}", tuple(range(4)), when=(first, (1, 2))) for kind in range(3)]
-    return PlainSpace(tokens)
+    return PlaceholderSpace("sites", tokens)
 
 
-def arms(*counts: int) -> PlainSpace:
+def arms(*counts: int) -> PlaceholderSpace:
     """Independent tokens, each of a kind of its own."""
-    return PlainSpace([Token(site, str(site), tuple(range(count))) for site, count in enumerate(counts)])
+    return PlaceholderSpace("arms", [Token(site, str(site), tuple(range(count))) for site, count in enumerate(counts)])
 
 
 def every_sequence(space: SearchSpace) -> list[Choices]:
