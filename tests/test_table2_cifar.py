@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from autodropout.reproduce.data import ImageData
 from autodropout.reproduce.data import open_data
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
+from autodropout.reproduce.recipes import digits as digits_recipe
 from autodropout.reproduce.table2_cifar import PRESETS
 from autodropout.reproduce.table2_cifar import main
 
@@ -160,6 +162,22 @@ def test_real_cifar10(
     (record,) = records(tmp_path)
     assert record["arguments"]["augment"].split("+")[0] == "flip_crop"  # type: ignore[index]
     assert 0.05 < float(str(record["accuracy"])) < 0.5, "1 epoch of 60 images: near chance, on 10,000 test images"
+
+
+def test_a_policy_that_a_search_has_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    space = digits_recipe.space()
+    found = {"kind": "searched", "recipe": {"name": "digits"}, "trials": {"proposed": 200}}
+    policy = dataclasses.replace(space.decode(space.sample(random.Random(0))), provenance=found)
+    policy.save(tmp_path / "best.json")
+    tiny = ["--epochs", "1", "--train-images", "20", "--seeds", "1", "--methods", "autodropout"]
+    assert main([*tiny, "--policy", "best.json"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "AutoDropout (best, searched with the recipe digits, 200 trials)" in text
+    lines = records(tmp_path)
+    # As many trials as for every other method: three strengths, two seeds each.
+    assert [line["phase"] for line in lines] == ["tune"] * 6 + ["final"]
+    assert {line["strength"] for line in lines[:6]} == {0.5, 1.0, 1.5}
+    assert {line["policy_origin"] for line in lines} == {"searched with the recipe digits, 200 trials"}
 
 
 def test_paper_numbers_only_beside_the_papers_experiment() -> None:
