@@ -345,8 +345,8 @@ from autodropout.search.runners.base import Task
 from autodropout.search.runners.{module} import {runner}
 
 # No guard against being imported: a worker must not run this script again.
-with {runner}(1) as runner:
-    runner.start({recipe!r}, lambda *report: print("report", flush=True) or True)
+with {runner}(1, {arguments}) as runner:
+    runner.start({recipe!r}, lambda number, step, value: print(int(value), flush=True) or True)
     runner.submit(Task(0, 0, {policy!r}, 1))
     while True:
         runner.wait(None)
@@ -363,11 +363,15 @@ with {runner}(1) as runner:
     ],
 )
 def test_no_process_outlives_its_driver(
-    tmp_path: Path, recipe: Path, module: str, runner: str, number: signal.Signals
+    tmp_path: Path, recipe: Path, request: pytest.FixtureRequest, module: str, runner: str, number: signal.Signals
 ) -> None:
+    ray = module == "ray_cluster"
     script = tmp_path / "driver.py"
     policy = a_task(HANG).policy
-    script.write_text(DRIVER.format(module=module, runner=runner, recipe=str(recipe), policy=policy))
+    arguments = f"address={request.getfixturevalue('two_nodes')!r}" if ray else ""
+    script.write_text(
+        DRIVER.format(module=module, runner=runner, arguments=arguments, recipe=str(recipe), policy=policy)
+    )
     mark = f"AUTODROPOUT_TEST_{uuid.uuid4().hex}"
     driver = subprocess.Popen(
         [sys.executable, str(script)],
@@ -379,8 +383,11 @@ def test_no_process_outlives_its_driver(
     )
     try:
         assert driver.stdout is not None
-        assert driver.stdout.readline() == "report\n"  # in the middle of the training
-        assert len(marked(mark)) >= 4  # driver, guard, worker, its child
+        child = int(driver.stdout.readline())  # now in the middle of the training
+        worker = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+        assert worker != driver.pid
+        # A worker of a cluster has the cluster's environment.
+        assert len(marked(mark)) >= (1 if ray else 4)  # driver, guard, worker, its child
         os.killpg(driver.pid, number)  # as a terminal does with Ctrl-C
         begin = time.monotonic()
         _, errors = driver.communicate(timeout=PATIENCE)
@@ -388,7 +395,7 @@ def test_no_process_outlives_its_driver(
             assert time.monotonic() - begin < 5
             assert errors.rstrip().endswith("KeyboardInterrupt")
             assert not marked(mark)
-        wait_until(lambda: not marked(mark), "no process is left")
+        wait_until(lambda: not (marked(mark) or alive(worker) or alive(child)), "no process is left")
     finally:
         for process in marked(mark):
             with contextlib.suppress(ProcessLookupError):
