@@ -24,9 +24,9 @@ class ReplayError(ValueError):
 
 
 class Stopper(Protocol):
-    """Decides from the reports of all trials which one is not worth going on with. The same reports, the same answers.
+    """Decides from the reports of all trials which one is not worth going on with: see `asha.Asha`.
 
-    A report of a trial at a step that it has reported before (a further attempt) takes the place of the earlier one.
+    The same reports in the same order get the same answers. A further attempt at a trial reports the same steps again.
     """
 
     def report(self, number: int, step: int, value: float) -> bool:

@@ -122,9 +122,11 @@ class SearchSpace(ABC):
     def sample(self, generator: random.Random) -> Choices:
         """A sequence in which every asked token is uniform over its values."""
         choices: list[int] = []
+        asked: list[bool] = []  # built up here, as `asked` begins anew with each token
         for token in self.tokens:
-            asked = self.asked([*choices, 0])[-1]
-            choices.append(generator.randrange(len(token.values)) if asked else 0)
+            when = token.when
+            asked.append(when is None or (asked[when[0]] and choices[when[0]] in when[1]))
+            choices.append(generator.randrange(len(token.values)) if asked[-1] else 0)
         return tuple(choices)
 
     def fingerprint(self) -> str:
