@@ -54,8 +54,9 @@ class ControllerSearcher(Searcher):
       estimate is unbiased: no sample is compared with itself, the first update excepted. The scale is the root of the
       like average of `mean((reward - baseline)^2)`, *with* the batch: it is one positive factor for all samples, so it
       does not turn the gradient, and it keeps a single reward, of a training that diverged for example, from becoming
-      an advantage of more than `sqrt(batch_size / (1 - baseline_decay))`. With it accuracies in percent, in shares and
-      perplexities need the same settings.
+      an advantage of more than `sqrt(batch_size / (1 - baseline_decay))`. With it metrics of any unit need the same
+      settings. A metric that can be worse by many powers of ten (a perplexity) is better searched as its logarithm:
+      such a reward dominates the averages for a while, and hides the differences between the others.
     - *Importance weight* `w_i = P(r_i; theta now) / P(r_i; theta when sampled)`, clipped to `[1/c, c]`. From below,
       too, which gives up some of the correction: over long sequences most ratios are close to 0, and with them
       nearly all that stale samples have to teach. A sample of age 0 was drawn from the controller as it is now, so its
@@ -66,6 +67,12 @@ class ControllerSearcher(Searcher):
       of each token is multiplied by its ratio P(now) / P(at the start of the update), and a token whose ratio is beyond
       `1 + ratio_clip` (below `1 - ratio_clip`) in the direction of its advantage no longer pulls (PPO's rule). In the
       first epoch all ratios are 1, so that `epochs=1` is plain REINFORCE.
+
+    The defaults are for budgets of 200 and 400 trials, chosen on made-up tasks of 24 tokens with noise of 1.5 and
+    effects of about 1 a token. One epoch on each batch of 16 learned in 400 trials what three learned in 200; batches
+    of 8 with one epoch came close, at the price of more updates. Clipping the ratios of tokens learned faster than
+    clipping those of sequences. Entropy coefficients from 0 to 0.1 and baseline decays from 0.5 to 0.95 differed
+    little. With 64 workers, weights clipped from above alone learned more slowly than weights clipped on both sides.
 
     Proposals derive from `seed`, the number of the trial and the state after the last update, whatever was asked
     before. All is computed on one CPU thread, see `controller.isolated`.
