@@ -60,9 +60,14 @@ def train(policy, seed, report):
 PATIENCE = 120.0  # seconds until a test gives up on what should take a few
 LIMIT = 8.0  # seconds of an attempt; all attempts but those that hang take milliseconds
 MEMORY = 2 << 30
-# Hangs in C, without letting another thread of Python run, and with a child.
-HANG = "import ctypes, subprocess; child = subprocess.Popen(['sleep', '1000']); report(0, child.pid); "
-HANG += "ctypes.PyDLL(None).sleep(1000)"
+# Hangs in C, without letting another thread of Python run, and with a child that ignores SIGTERM.
+HANG = """
+import ctypes, subprocess
+child = subprocess.Popen(["sh", "-c", "trap '' TERM; echo ready; exec sleep 1000"], stdout=subprocess.PIPE)
+child.stdout.readline()
+report(0, child.pid)
+ctypes.PyDLL(None).sleep(1000)
+"""
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
@@ -385,7 +390,7 @@ def test_no_process_outlives_its_driver(
         assert driver.stdout is not None
         child = int(driver.stdout.readline())  # now in the middle of the training
         worker = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
-        assert worker != driver.pid
+        assert os.getsid(worker) != driver.pid  # so that Ctrl-C does not reach it
         # A worker of a cluster has the cluster's environment.
         assert len(marked(mark)) >= (1 if ray else 4)  # driver, guard, worker, its child
         os.killpg(driver.pid, number)  # as a terminal does with Ctrl-C
