@@ -15,7 +15,7 @@ from autodropout import load_policy
 from autodropout.policy import shipped_policies
 
 DEFAULT_POLICY = "hand-v0"
-# Rates for the classical methods; for autodropout one factor on the sizes of the policy's patterns.
+# Rates for the classical methods; for autodropout one factor on the sizes of tiles and the rates of other patterns.
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "none": (),
     "dropout": (0.05, 0.1, 0.2),
@@ -37,7 +37,7 @@ def method_policy(method: str, strength: float | None, blocks: int, block_size: 
 
     Args:
         method: one of METHODS.
-        strength: a rate in [0, 1], or the factor that scales the sizes of `learned`.
+        strength: a rate in [0, 1], or the factor that scales the patterns of `learned`.
         blocks: residual blocks of the network.
         block_size: side of DropBlock's blocks in cells.
         learned: the policy of "autodropout" at strength 1.
