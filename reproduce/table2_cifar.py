@@ -255,8 +255,8 @@ def _report(settings: Settings, data: ImageData, results: Sequence[Result]) -> t
     trials = f"{settings.tuning_seeds} seed{'s' if settings.tuning_seeds > 1 else ''}"
     notes = [
         f"tuned: the best of three strengths on the validation images, {trials} each (AutoDropout: a factor on the "
-        f"sizes or rates of its policy's patterns). Final models: trained on {final}, seeds 0 to {settings.seeds - 1}. Interval: Student's "
-        "t over seeds. paper: Pham & Le 2021, WRN-28-10 on CIFAR-10, where a number is known.",
+        f"sizes or rates of its policy's patterns). Final models: trained on {final}, seeds 0 to {settings.seeds - 1}. "
+        "Interval: Student's t over seeds. paper: Pham & Le 2021, WRN-28-10 on CIFAR-10, where a number is known.",
     ]
     return title, rows, notes
 
