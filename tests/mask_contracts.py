@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
@@ -17,15 +18,19 @@ LAYOUTS = ("contiguous", "channels_last", "expanded", "sliced")
 Call = Callable[..., torch.Tensor]  # (x, fields, seed) -> y
 
 
-def activation(layout: str, shape: tuple[int, int, int, int] = (3, 5, 6, 7)) -> torch.Tensor:
-    """Random numbers of a shape whose memory is laid out as named."""
+def activation(
+    layout: str, shape: tuple[int, int, int, int] = (3, 5, 6, 7), dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Random numbers whose memory is laid out as named, in every dtype (a cast makes what is sliced dense)."""
     N, C, H, W = shape
     generator = torch.Generator().manual_seed(1)
     if layout == "expanded":
-        return torch.randn(1, C, H, W, generator=generator).expand(N, -1, -1, -1)
+        return torch.randn(1, C, H, W, generator=generator).to(dtype).expand(N, -1, -1, -1)
     if layout == "sliced":
-        return torch.randn(N + 1, 2 * C, H + 2, W, generator=generator)[1:, ::2, 1:-1]
-    x = torch.randn(N, C, H, W, generator=generator)
+        return torch.randn(N + 1, 2 * C, H + 2, W, generator=generator).to(dtype)[1:, ::2, 1:-1]
+    if layout == "transposed":
+        return torch.randn(N, C, W, H, generator=generator).to(dtype).transpose(2, 3)
+    x = torch.randn(shape, generator=generator).to(dtype)
     return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
@@ -39,11 +44,11 @@ def check_values(x: torch.Tensor, y: torch.Tensor, kept: torch.Tensor, scale: fl
 
 
 def check_memory_format(call: Call, fields: torch.Tensor) -> None:
-    for layout in LAYOUTS:
-        x = activation(layout)
+    for layout, dtype in itertools.product(LAYOUTS, DTYPES):
+        x = activation(layout, dtype=dtype)
         y = call(x, fields, SEED)
-        assert torch.equal(y, call(x.contiguous(), fields, SEED)), layout
-        assert y.stride() == torch.empty_like(x).stride(), layout
+        assert torch.equal(y, call(x.contiguous(), fields, SEED)), (layout, dtype)
+        assert y.stride() == torch.empty_like(x).stride(), (layout, dtype)
 
 
 def check_non_finite(call: Call, fields: torch.Tensor, dtype: torch.dtype) -> None:
@@ -150,7 +155,7 @@ def saved_bytes(call: Call, fields: torch.Tensor) -> int:
     return sum(saved)
 
 
-def check_opcheck(call: Call, fields: torch.Tensor, layout: str) -> None:
+def check_opcheck(call: Call, fields: torch.Tensor, layout: str, dtype: torch.dtype) -> None:
     """opcheck on every op that a call reaches, with the arguments that reach it."""
     reached: list[tuple[Any, tuple[Any, ...]]] = []
 
@@ -160,13 +165,25 @@ def check_opcheck(call: Call, fields: torch.Tensor, layout: str) -> None:
                 reached.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    x = activation(layout)
+    x = activation(layout, dtype=dtype)
     with Record():
         call(x, fields, torch.tensor(SEED))
     assert len(reached) == 2
     for op, args in reached:
         inputs = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args)
         torch.library.opcheck(op, inputs)
+
+
+@pytest.fixture
+def filled_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN, so that a cell that no kernel writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fresh = torch.empty(3)
+    assert fresh.isnan().all()
+    assert torch.empty_like(fresh).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

@@ -49,10 +49,9 @@ def by_torch_save(model: nn.Module) -> Any:
 @pytest.mark.parametrize(
     ("name", "duplicate"),
     [
-        ("torchvision resnet18", by_pickle),
+        *((name, by_pickle) for name in MODELS),
         ("timm efficientnet_b0", copy.deepcopy),
         ("wide resnet", copy.deepcopy),
-        ("wide resnet", by_pickle),
         ("wide resnet", by_torch_save),
     ],
 )
@@ -133,10 +132,11 @@ def test_averaged_copy() -> None:
     assert torch.equal(run(plain.eval()), run(average.eval()))
 
 
-def test_exported_model_has_no_trace_of_it() -> None:
-    plain = small().eval()
+@pytest.mark.parametrize("name", ["wide resnet", "torchvision resnet18", "timm efficientnet_b0"])
+def test_exported_model_has_no_trace_of_it(name: str) -> None:
+    plain = copy.deepcopy(original(name)).eval()
     model = copy.deepcopy(plain)
-    apply_policy(model, MIXED, example=IMAGES)
+    apply_policy(model, MODELS[name][1], example=IMAGES)
     exported = torch.export.export(model, (IMAGES,))
     reference = torch.export.export(plain, (IMAGES,))
     assert [(n.op, str(n.target)) for n in exported.graph.nodes] == [

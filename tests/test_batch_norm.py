@@ -272,7 +272,7 @@ def test_memory_of_the_forward(memory_format: torch.memory_format) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype, layout: str) -> None:
-    x = contracts.activation(layout).to(dtype)
+    x = contracts.activation(layout, dtype=dtype)
     weight, bias = affine(5)
     starts, scale = OPS.tiled_draw(FIELDS, torch.tensor(SEED), 3, 5, [6, 7], False, "mask", 0)
     arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), FIELDS, starts, scale, EPS)
@@ -285,7 +285,7 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_equals_eager(layout: str) -> None:
     """Forward, backward and running averages, with a seed and with one drawn after the same `manual_seed`."""
 

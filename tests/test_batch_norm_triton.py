@@ -5,14 +5,14 @@ Without a GPU they run interpreted, on CPU tensors, which takes milliseconds a p
 
 from __future__ import annotations
 
-from typing import Any
-
 import batch_norm_cases as cases
 import pytest
 import torch
 from batch_norm_cases import EPS
+from mask_contracts import filled_memory  # noqa: F401
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("filled_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Channels by no power of two, maps of one fragment, of no whole fragments, of a fragment less than a tile; the last has
@@ -31,27 +31,8 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return torch.full((n + 1, c, h + 2, w + 3), float("nan"), dtype=x.dtype, device=DEVICE)[1:, :, 1:-1, 2:-1].copy_(x)
 
 
-@pytest.fixture
-def memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the launchers allocate holds NaN, so that what a kernel leaves out shows."""
-    from autodropout.kernels import batch_norm_triton
-
-    class Poisoned:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        def empty(self, *sides: Any, **options: Any) -> torch.Tensor:
-            return torch.full(*sides, float("nan"), **options)
-
-        def empty_like(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.empty_like(x).fill_(float("nan"))
-
-    monkeypatch.setattr(batch_norm_triton, "torch", Poisoned())
-
-
 # NumPy warns of a lane that never saw a cell.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
-@pytest.mark.usefixtures("memory_is_nan")
 @pytest.mark.parametrize("index", range(len(SHAPES)))
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_kernels_equal_the_twin(layout: str, index: int) -> None:

@@ -6,13 +6,13 @@ Memory that is allocated is filled with NaN first, so that a cell that is not wr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import mask_contracts as contracts
 import pytest
 import torch
 from mask_contracts import DTYPES
 from mask_contracts import SEED
+from mask_contracts import filled_memory  # noqa: F401
 from twins import block_numpy as twin
 
 from autodropout.kernels import block_dropout
@@ -46,14 +46,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def filled_memory() -> Iterator[None]:
-    """Fresh tensors hold NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("filled_memory")
 
 
 def run(

@@ -132,6 +132,21 @@ def test_all_modes_of_differentiation_agree(kind: str) -> None:
         assert torch.equal(forward_ad.unpack_dual(y).tangent, x.detach())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_a_number_and_infinity(kind: str, dtype: torch.dtype) -> None:
+    """Where it drops, the residual stands alone, whatever x holds there."""
+    x, residual = pair((4, 5, 6, 7), dtype)
+    kept = dropout(kind, torch.ones_like(x)) != 0
+    assert 0 < int(kept.sum()) < kept.numel()
+    for value in (float("nan"), float("inf"), -float("inf")):
+        expected = add(kind, torch.where(kept, x, 0.0), residual)
+        assert torch.equal(add(kind, torch.where(kept, x, value), residual), expected)
+        everywhere = add(kind, torch.full_like(x, value), residual)
+        assert torch.equal(everywhere[~kept], residual[~kept])
+        assert not bool(everywhere[kept].isfinite().any())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_vmap_gives_every_element_the_same_mask(kind: str) -> None:
     seed, fields = torch.tensor(SEED), fields_of(kind)
@@ -184,9 +199,9 @@ def test_drop_path_of_any_dimensions() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype, layout: str) -> None:
-    x, residual = contracts.activation(layout).to(dtype), contracts.activation("channels_last").to(dtype)
+    x, residual = contracts.activation(layout, dtype=dtype), contracts.activation("channels_last").to(dtype)
     factor = bernoulli_dropout(torch.ones(3), RATE, SEED)
     fields = PATTERN.fields()
     starts, scale = torch.ops.autodropout.tiled_draw(fields, torch.tensor(SEED), 3, 5, [6, 7], False, "mask", 0)
@@ -197,8 +212,9 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_equals_eager(kind: str) -> None:
+def test_compiled_equals_eager(kind: str, layout: str) -> None:
     def step(x: Any, residual: Any, fields: Any, seed: Any) -> Any:
         return add(kind, x * 3, residual, fields, seed) * 0.7
 
@@ -206,7 +222,7 @@ def test_compiled_equals_eager(kind: str) -> None:
     for seed in (torch.tensor(SEED), None):
         results = []
         for function in (step, compiled):
-            x, residual = (tensor.requires_grad_() for tensor in pair((3, 5, 6, 7)))
+            x, residual = contracts.activation(layout).detach().requires_grad_(), pair((3, 5, 6, 7))[1].requires_grad_()
             torch.manual_seed(11)
             y = function(x, residual, fields_of(kind), seed)
             y.backward(contracts.activation("contiguous"))

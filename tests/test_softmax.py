@@ -55,10 +55,11 @@ def test_equals_the_chain(sharing: tuple[bool, bool]) -> None:
     assert torch.equal(fused(scores, (2, 3, 0.6), **options), chain(scores, **options))
 
 
-def test_not_a_number_spoils_its_row_but_no_dropped_weight() -> None:
-    kept = fused(torch.zeros(2, 3, 5, 7)) != 0
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_a_number_spoils_its_row_but_no_dropped_weight(dtype: torch.dtype) -> None:
+    kept = fused(torch.zeros(2, 3, 5, 7, dtype=dtype)) != 0
     for value in (float("nan"), float("inf")):
-        scores = torch.randn(2, 3, 5, 7)
+        scores = torch.randn(2, 3, 5, 7, dtype=dtype)
         scores[1, 2, 3, 4] = value
         y = fused(scores)
         assert bool((y[~kept] == 0).all())
@@ -105,9 +106,9 @@ def test_saved_for_backward() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype, layout: str) -> None:
-    scores = contracts.activation(layout).to(dtype)
+    scores = contracts.activation(layout, dtype=dtype)
     others = (FIELDS, torch.tensor(SEED), torch.tensor(1.5, dtype=torch.float64), False, False, 3)
     torch.library.opcheck(OPS.softmax_token_dropout.default, (scores.requires_grad_(), *others))
     with torch.no_grad():
@@ -117,7 +118,7 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_equals_eager(layout: str) -> None:
     contracts.check_compiled_equals_eager(lambda x, fields, seed: fused(x, fields, seed), FIELDS, layout)
 

@@ -5,21 +5,16 @@ from __future__ import annotations
 import pytest
 import softmax_cases as cases
 import torch
+from mask_contracts import filled_memory  # noqa: F401
 from softmax_cases import DTYPES
 from softmax_cases import FIELDS
 from softmax_cases import SHARING
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("filled_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 3, 5, 7), (3, 2, 8, 8), (2, 1, 3, 40), (1, 5, 13, 300)]
-
-
-@pytest.fixture(autouse=True)
-def memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the launcher allocates for results holds NaN, so that what a kernel leaves out shows."""
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan")))
 
 
 # NumPy warns of rows that only fill a tile: nothing but -inf.

@@ -17,6 +17,7 @@ import torch
 from marks import dynamo_traces_gradients_of_ops
 from mask_contracts import DTYPES
 from mask_contracts import SEED
+from mask_contracts import activation
 from mask_contracts import fresh_dynamo  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -35,22 +36,6 @@ LAYOUTS = ("contiguous", "channels_last", "expanded", "sliced", "transposed")
 NORMALIZE = ("mask", "expected", "none")
 # A map for which no table of all windows is made.
 LARGE = (130, 90)
-
-
-def activation(
-    layout: str, shape: tuple[int, int, int, int] = (3, 5, 6, 7), dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Random numbers whose memory is laid out as named, in every dtype (a cast makes what is sliced dense)."""
-    N, C, H, W = shape
-    generator = torch.Generator().manual_seed(1)
-    if layout == "expanded":
-        return torch.randn(1, C, H, W, generator=generator).to(dtype).expand(N, -1, -1, -1)
-    if layout == "sliced":
-        return torch.randn(N + 1, 2 * C, H + 2, W, generator=generator).to(dtype)[1:, ::2, 1:-1]
-    if layout == "transposed":
-        return torch.randn(N, C, W, H, generator=generator).to(dtype).transpose(2, 3)
-    x = torch.randn(shape, generator=generator).to(dtype)
-    return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
 def call(share_c: bool = False, normalize: str = "mask") -> contracts.Call:
@@ -139,6 +124,13 @@ def test_dynamo_compiles_a_module_once(share_c: bool) -> None:
             torch.manual_seed(i)
             assert torch.equal(y, tiled_dropout(x, pattern.fields(), None, share_c))
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(("layout", "share_c"), [("expanded", False), ("sliced", True), ("transposed", False)])
+def test_compiled_equals_eager_in_other_layouts(layout: str, share_c: bool) -> None:
+    """The dense ones are compiled in test_tiled_masks.py, on ten shapes."""
+    contracts.check_compiled_equals_eager(call(share_c), FIELDS, layout)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

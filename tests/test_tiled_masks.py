@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mask_contracts import filled_memory  # noqa: F401
 from tiled_cases import DTYPES
 from tiled_cases import Case
 from tiled_cases import activations
@@ -202,6 +203,7 @@ def cut_to_bfloat16(x: torch.Tensor, case: Case, normalize: str) -> torch.Tensor
     return (product.view(torch.int32) & ~0xFFFF).view(torch.float32).double()
 
 
+@pytest.mark.usefixtures("filled_memory")
 @pytest.mark.parametrize("rank", [1, 2**31 - 1, 2**31, 2**32 - 1])
 @pytest.mark.parametrize(("n", "c"), [(5, 700), (3000, 1), (1, 2500)])
 def test_triton_places_planes_of_many_programs_and_any_rank(n: int, c: int, rank: int) -> None:
@@ -223,6 +225,7 @@ def test_enough_cases_go_through_the_triton_kernels() -> None:
 
 
 # NumPy warns where the interpreter rounds to an infinity, and where it multiplies one by zero at a dropped cell.
+@pytest.mark.usefixtures("filled_memory")
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("index", range(len(TRITON_CASES) + len(TRITON_LARGE)))
 def test_triton_kernels_equal_the_twin(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +261,7 @@ def test_triton_kernels_equal_the_twin(index: int, monkeypatch: pytest.MonkeyPat
                 assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.usefixtures("filled_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_triton_reads_memory_that_is_not_aligned(dtype: torch.dtype) -> None:
     """Of 16 bits, elements are read two by two only where memory allows it."""

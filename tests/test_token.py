@@ -208,9 +208,10 @@ class TestContracts:
 
     @pytest.mark.parametrize("memory", MEMORY)
     def test_opcheck(self, layout: str, sharing: tuple[bool, bool], memory: str) -> None:
-        # The sharing does not touch what opcheck looks at: each is run once, every memory format twice.
-        if memory == MEMORY[SHARING.index(sharing)] or sharing == (False, False):
-            contracts.check_opcheck(call(layout, sharing, "mask"), FIELDS, memory)
+        """Every memory format in every dtype, each pair with one of the sharings, which opcheck does not look at."""
+        for i, dtype in enumerate(DTYPES):
+            if (MEMORY.index(memory) + i) % 4 == SHARING.index(sharing) or sharing == (False, False):
+                contracts.check_opcheck(call(layout, sharing, "mask"), FIELDS, memory, dtype)
 
 
 def test_gradients() -> None:
@@ -228,7 +229,10 @@ def test_compiled_transformations() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(("layout", "memory"), [("NHTD", "channels_last"), ("NHQK", "sliced"), ("NHTD", "expanded")])
+@pytest.mark.parametrize(
+    ("layout", "memory"),
+    [("NHQK", "contiguous"), ("NHTD", "channels_last"), ("NHQK", "sliced"), ("NHTD", "expanded")],
+)
 def test_compiled_equals_eager(layout: str, memory: str) -> None:
     """Each memory format with another sharing."""
     sharing = SHARING[MEMORY.index(memory)]

@@ -6,12 +6,14 @@ import pytest
 import torch
 from mask_contracts import DTYPES
 from mask_contracts import SEED
+from mask_contracts import filled_memory  # noqa: F401
 
 from autodropout.kernels import token_dropout
 from autodropout.kernels.token import by_token
 from autodropout.kernels.token import sides_of
 
 token_triton = pytest.importorskip("autodropout.kernels.token_triton")
+pytestmark = pytest.mark.usefixtures("filled_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARING = [(False, False), (True, False), (False, True), (True, True)]
