@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def page(rows: list[Row], skipped: dict[str, str], failed: list[str], of: dict[s
     for op in dict.fromkeys(row["op"] for row in rows):
         of_op = [row for row in rows if row["op"] == op]
         parts += [f"## {op}\n", *_cases(of_op, targets), "", *_kernels(of_op), ""]
-    parts += ["## Sources\n", "What the figures were read from, with fingerprints that comments do not change.\n"]
+    compiler = f"Compiled with Triton {version('triton')}; another version makes a few instructions more or less.\n"
+    parts += ["## Sources\n", compiler, "What was compiled and read, with fingerprints that comments do not change.\n"]
     parts += [f"- `{file}` {fingerprint}" for file, fingerprint in of.items()]
     return "\n".join(parts) + "\n"
 

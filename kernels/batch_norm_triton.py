@@ -247,8 +247,8 @@ def sums_kernel(
     width = width_units * GRAIN
     cells = height * width // CELLS_GRAIN * CELLS_GRAIN
     compute = partial_ptr.dtype.element_ty
-    chunk = tl.program_id(0) % chunks
-    channel = (tl.program_id(0) // chunks) * CHANNELS + tl.arange(0, CHANNELS)
+    chunk = tl.program_id(1)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     first = chunk * samples_of_chunk
     last = tl.minimum(first + samples_of_chunk, samples)
     mean = _of_channels(mean_ptr, channel, channels)
@@ -429,7 +429,7 @@ def backward(
     grad = grad.contiguous(memory_format=plan.memory_format)
     partial = torch.empty((2, plan.chunks, c), dtype=mean.dtype, device=x.device)
     of_pattern = (starts, plan.tables.fragments, scale, starts.shape[1])
-    sums_kernel[(plan.channel_blocks * plan.chunks,)](
+    sums_kernel[(plan.channel_blocks, plan.chunks)](
         x, grad, partial, mean, rstd, weight, bias, *of_pattern, n, plan.samples_of_chunk, plan.chunks, *plan.units,
         plan.fragment_blocks, *plan.steps, ROWS=plan.tables.rows > 1, **plan.grains, **plan.tile, num_warps=WARPS,
     )  # fmt: skip

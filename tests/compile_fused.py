@@ -27,13 +27,19 @@ from machine.recording import recorded
 
 from autodropout.kernels import batch_norm_triton
 from autodropout.kernels import residual_triton
+from autodropout.kernels import softmax_triton
 from autodropout.kernels.atlas import Atlas
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The last has 2^32 + 2^22 elements; it is only compiled for.
 SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (4, 16, 224, 224), (4100, 1024, 32, 32)]
 
+# Samples, heads, queries, keys; the last has 2^31 + 2^23 weights.
+ATTENTION = [(16, 16, 384, 768), (257, 16, 512, 1024)]
+
 Job = tuple[tuple[int, int, int, int], bool, str, str]  # shape, channels_last, dtype, target
+# shape, share_t, share_c, dtype, target
+AttentionJob = tuple[tuple[int, int, int, int], bool, bool, str, str]
 
 
 def jobs() -> list[Job]:
@@ -48,6 +54,32 @@ def jobs() -> list[Job]:
         (first, False, "fp32", "gfx942"),
         (first, True, "bf16", "gfx942"),
     ]
+
+
+def attention_jobs() -> list[AttentionJob]:
+    first, huge = ATTENTION
+    return [
+        (first, False, False, "bf16", "sm_90"),
+        (first, False, False, "fp32", "gfx942"),
+        (first, True, False, "bf16", "sm_90"),
+        (first, False, True, "bf16", "sm_90"),
+        (first, False, False, "fp64", "sm_90"),
+        (huge, False, False, "bf16", "sm_90"),
+        (huge, False, False, "bf16", "gfx942"),
+    ]
+
+
+def attention_launches(shape: tuple[int, ...], share_t: bool, share_c: bool, dtype: str, seed: int = 0) -> list[Launch]:
+    """What softmax with a token pattern launches forward and backward, but for the small kernels of the pattern."""
+    scores = meta(*shape, dtype=DTYPES[dtype])
+    fields = torch.tensor([1 + seed % 7, seed % 5, (1 + seed) / 52], dtype=torch.float64)
+    # A seed may be a view into a larger tensor; the scale is always one that the op has just made.
+    key, scale = meta(2, dtype=torch.int64)[seed % 2], meta(dtype=torch.float64)
+    rows = [meta(*shape[:3], dtype=torch.float64 if dtype == "fp64" else torch.float32) for _ in range(2)]
+    with recorded() as found:
+        softmax_triton.forward(scores, fields, key, scale, share_t, share_c, seed)
+        softmax_triton.backward(scores, scores, *rows, fields, key, scale, share_t, share_c, seed)
+    return [launch for launch in found if launch.name.startswith("softmax")]
 
 
 def launches(shape: tuple[int, ...], last: bool, dtype: str, atlas: Atlas, seed: int = 0) -> list[Launch]:
@@ -78,25 +110,43 @@ def wide_offsets(ttir: str, pointers: tuple[str, ...]) -> bool:
     return set(types) == {"i64"}
 
 
+POINTERS = ("x_ptr", "grad_ptr", "residual_ptr", "y_ptr", "dx_ptr", "scores_ptr", "dscores_ptr")
+
+
 def compile_job(job: Job) -> list[dict[str, Any]]:
     shape, last, dtype, target = job
+    found = launches(shape, last, dtype, Atlas.of(0.25, 0.25, 3, 30.0, 0.1, 0.0, *shape[2:]))
+    run = (shape[1] if last else shape[2] * shape[3]) * DTYPES[dtype].itemsize
+    return compile_launches(found, shape, "channels_last" if last else "contiguous", dtype, target, run)
+
+
+def compile_attention_job(job: AttentionJob) -> list[dict[str, Any]]:
+    shape, share_t, share_c, dtype, target = job
+    found = attention_launches(shape, share_t, share_c, dtype)
+    name = "share_t" if share_t else "share_c" if share_c else "own decisions"
+    return compile_launches(found, shape, name, dtype, target, shape[3] * DTYPES[dtype].itemsize)
+
+
+def compile_launches(
+    found: list[Launch], shape: tuple[int, ...], layout: str, dtype: str, target: str, run: int
+) -> list[dict[str, Any]]:
     rows = []
-    for launch in launches(shape, last, dtype, Atlas.of(0.25, 0.25, 3, 30.0, 0.1, 0.0, *shape[2:])):
+    for launch in found:
         code = compile_launch(launch, target)
         rows.append(
             {
                 "kernel": launch.name,
                 "shape": "x".join(map(str, shape)),
-                "layout": "channels_last" if last else "contiguous",
+                "layout": layout,
                 "dtype": dtype,
                 "target": target,
-                "run": (shape[1] if last else shape[2] * shape[3]) * DTYPES[dtype].itemsize,
+                "run": run,
                 "registers": code.registers,
                 "spills": code.spills,
                 "scratch": code.scratch,
                 "loads": dict(code.by_width("load")),
                 "stores": dict(code.by_width("store")),
-                "wide": wide_offsets(code.ttir, ("x_ptr", "grad_ptr", "residual_ptr", "y_ptr", "dx_ptr")),
+                "wide": wide_offsets(code.ttir, POINTERS),
             }
         )
     return rows
@@ -107,6 +157,8 @@ def keys() -> dict[str, Any]:
     for i in range(50):
         atlas = Atlas.of(0.01 * i, 0.2, i % 5, 7.0 * i, 0.1, 0.0, 12, 10)
         for launch in launches((4, 6, 12, 10), False, "fp32", atlas, i):
+            found.setdefault(launch.name, set()).add(bind(launch, "sm_90")[3])
+        for launch in attention_launches((4, 2, 12, 40), False, False, "fp32", i):
             found.setdefault(launch.name, set()).add(bind(launch, "sm_90")[3])
     return {name: len(different) for name, different in found.items()}
 
@@ -120,6 +172,9 @@ def main() -> None:
     else:
         for job in jobs():
             for row in compile_job(job):
+                print(json.dumps(row), flush=True)
+        for attention_job in attention_jobs():
+            for row in compile_attention_job(attention_job):
                 print(json.dumps(row), flush=True)
 
 

@@ -22,6 +22,8 @@ OVER_ACTIVATIONS = {
     "backward_kernel",
     "add_tiled_kernel",
     "add_scaled_samples_kernel",
+    "softmax_forward_kernel",
+    "softmax_backward_kernel",
 }
 WRITING = OVER_ACTIVATIONS - {"moments_kernel", "sums_kernel"}
 
@@ -55,13 +57,14 @@ def test_nothing_is_spilled(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_accesses_are_as_wide_as_memory_allows(compiled: list[dict[str, Any]]) -> None:
-    """All of these runs of memory are divisible by 16 bytes. What is stored is activations alone."""
+    """All of these runs of memory are divisible by 16 bytes. Stored are activations; by softmax, two numbers a row."""
     for row in compiled:
         assert row["run"] % 16 == 0
         if row["kernel"] in OVER_ACTIVATIONS:
             assert row["loads"].get("16", 0) > 0, label(row)
         if row["kernel"] in WRITING:
-            assert set(row["stores"]) == {"16"}, label(row)
+            of_rows = {"8" if row["dtype"] == "fp64" else "4"} if row["kernel"] == "softmax_forward_kernel" else set()
+            assert set(row["stores"]) - of_rows == {"16"}, label(row)
 
 
 def test_activations_are_addressed_with_64_bits(compiled: list[dict[str, Any]]) -> None:

@@ -101,6 +101,35 @@ def test_page_bounds() -> None:
     assert {case for case in by_issue["B200"] if case[0] == "tiled"} == set()
 
 
+# SASS instructions per element on sm_90, at most: what was reached. An H100 executes 10 in the time of a byte (132
+# processors, 4 x 32 lanes, 1.98 GHz, 3.35 TB/s), so that memory bounds what takes fewer than 10 times its bytes: 60 in
+# bf16 for a batch norm or a sum, 100 for a backward, 40 for a softmax (docs/fused.md).
+MOST_INSTRUCTIONS = {
+    ("batch norm + tiled + ReLU", "128x160x32x32"): 44,
+    ("batch norm + tiled + ReLU", "32x2048x7x7"): 143,
+    ("batch norm + tiled + ReLU, backward", "128x160x32x32"): 69,
+    ("batch norm + tiled + ReLU, backward", "32x2048x7x7"): 188,
+    ("residual + drop path", "128x160x32x32"): 12,
+    ("residual + drop path", "32x2048x7x7"): 12,
+    ("residual + tiled", "128x160x32x32"): 28,
+    ("residual + tiled", "32x2048x7x7"): 48,
+    ("softmax + token", "60x10x150x300"): 72,
+    ("softmax + token", "16x16x384x768"): 51,
+    ("softmax + token, backward", "60x10x150x300"): 68,
+    ("softmax + token, backward", "16x16x384x768"): 48,
+}
+
+
+def test_page_instructions_of_the_fused_neighbours() -> None:
+    checked = set()
+    for op, line in cases():
+        if (op, line["activation"]) in MOST_INSTRUCTIONS:
+            most = MOST_INSTRUCTIONS[op, line["activation"]]
+            assert float(line["sm_90"]) <= most, (op, line)
+            checked.add((op, line["activation"], line["layout"], line["dtype"]))
+    assert len(checked) == 2 * (2 * 8 + 4)
+
+
 def test_page_one_read_and_one_write() -> None:
     """A second pass would be half more; bits of masks, placements, sums and masked lanes are less."""
     for op, line in cases():
