@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import as_completed
@@ -35,9 +36,9 @@ from typing import NoReturn
 from scipy import stats
 from tqdm import tqdm
 
+from autodropout.provenance import commit
 from autodropout.reproduce.benchmark_task import BenchmarkTask
 from autodropout.reproduce.benchmark_task import play
-from autodropout.reproduce.experiment import commit
 from autodropout.reproduce.experiment import source_fingerprint
 from autodropout.reproduce.experiment import versions
 from autodropout.reproduce.planted import TASKS
@@ -97,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     preset = PRESETS[arguments.preset]
+    if arguments.searchers:
+        preset = dataclasses.replace(preset, searchers=arguments.searchers)
     jobs = [
         Job(task, searcher, seed, preset.budget, preset.workers)
         for task in arguments.tasks
@@ -125,11 +128,14 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def names(text: str) -> tuple[str, ...]:
-        for name in text.split(","):
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"must be some of {', '.join(known)}, got {name!r}")
-        return tuple(dict.fromkeys(text.split(",")))
+    def some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+        def names(text: str) -> tuple[str, ...]:
+            for name in text.split(","):
+                if name not in allowed:
+                    raise argparse.ArgumentTypeError(f"must be some of {', '.join(allowed)}, got {name!r}")
+            return tuple(dict.fromkeys(text.split(",")))
+
+        return names
 
     def count(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < 1:
@@ -138,7 +144,17 @@ def _parser() -> Parser:
 
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="size of the experiment (default: demo)")
     parser.add_argument(
-        "--tasks", type=names, default=known, metavar="A,B,...", help=f"from: {', '.join(known)} (default: all)"
+        "--tasks",
+        type=some_of(known),
+        default=known,
+        metavar="A,B,...",
+        help=f"from: {', '.join(known)} (default: all)",
+    )
+    parser.add_argument(
+        "--searchers",
+        type=some_of(SEARCHERS),
+        metavar="A,B,...",
+        help=f"from: {', '.join(SEARCHERS)}; the others are compared with the first (default: those of the preset)",
     )
     parser.add_argument("--repetitions", type=count, metavar="N", help="searches per task and searcher")
     parser.add_argument(
@@ -249,12 +265,12 @@ def table(task: str, preset: Preset, records: Sequence[dict[str, Any]]) -> str:
     first, *others = preset.searchers
     for other in others:
         for measure in ("simple_regret", "late_regret"):
-            mean, half, p = paired(records, task, measure, first, other, budgets[-1])
-            interval = "-" if half is None else f"{half:.2f}"
+            mean, width, p = paired(records, task, measure, first, other, budgets[-1])
+            interval = "-" if width is None else f"{width:.2f}"
             shown = "-" if p is None else f"{p:.2g}"
             name = LABELS.get(other, other)
             lines.append(f"{first} minus {name}, {measure.replace('_', ' ')}: {mean:+.2f} +- {interval} (p {shown})")
-    lines.append("p: paired t-test, one-sided, that the controller's regret is the smaller one")
+    lines.append(f"p: paired t-test, one-sided, that the regret of the {first} is the smaller one")
     return "\n".join(lines)
 
 
