@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported. A worker of pytest-xdist has one core; processes that a test starts inherit that.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the tests compile is small: starting Inductor's pool of processes takes longer than the compilation.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 
