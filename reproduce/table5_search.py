@@ -55,6 +55,7 @@ TABULAR = TabularTask.name
 NO_WEIGHTS = "controller, weights 1"
 SETTINGS: dict[str, dict[str, Any]] = {NO_WEIGHTS: {"importance_weights": False}}
 LABELS = {"tpe": "TPE"}
+MEASURES = {"simple_regret": "simple regret", "late_regret": "late regret"}
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{NAME}: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    print("\n\n".join(table(task, preset, records) for task in arguments.tasks))
+    print("\n\n".join(table(task, records) for task in arguments.tasks))
     picture = results.with_suffix(".png")
-    plot(picture, arguments.tasks, preset, records)
+    plot(picture, arguments.tasks, records)
     print(f"one line per search: {results}\nplot: {picture}", file=sys.stderr)
     return 0
 
@@ -242,19 +243,29 @@ def of_task(records: Sequence[dict[str, Any]], task: str, searcher: str) -> list
     return [record for record in records if (record["task"], record["searcher"]) == (task, searcher)]
 
 
-def table(task: str, preset: Preset, records: Sequence[dict[str, Any]]) -> str:
-    """Regrets with 95% intervals, at most 80 columns wide, and the controller against each other searcher, paired."""
-    budgets = [b for b in CHECKPOINTS if b <= preset.budget]
-    repetitions = len(of_task(records, task, preset.searchers[0]))
+def searchers_of(records: Sequence[dict[str, Any]]) -> list[str]:
+    """In the order in which they were asked for."""
+    return list(dict.fromkeys(record["searcher"] for record in records))
+
+
+def budgets_of(records: Sequence[dict[str, Any]]) -> list[int]:
+    """After how many trials the regrets were measured."""
+    return [int(budget) for budget in records[0]["simple_regret"]]
+
+
+def table(task: str, records: Sequence[dict[str, Any]]) -> str:
+    """Regrets with 95% intervals, at most 80 columns wide, and the first searcher against the others, paired."""
+    budgets, searchers = budgets_of(records), searchers_of(records)
+    repetitions, workers = len(of_task(records, task, searchers[0])), records[0]["workers"]
     known = "1,000 trained policies" if task == TABULAR else "planted"
     lines = [
         f"Table 5 (the numbering is ours), task {task} ({known}): {repetitions} searches each,",
-        f"{preset.workers} training{'s' if preset.workers > 1 else ''} at a time; regret in accuracy points",
+        f"{workers} training{'s' if workers > 1 else ''} at a time; regret in accuracy points",
     ]
-    for measure, title in (("simple_regret", "simple regret"), ("late_regret", "late regret")):
+    for measure, title in MEASURES.items():
         rule = "-" * 80
         lines += [rule, f"{title + ' after':<24}" + "".join(f"{b:>14}" for b in budgets), rule]
-        for searcher in preset.searchers:
+        for searcher in searchers:
             cells = []
             for budget in budgets:
                 values = estimate([r[measure][str(budget)] for r in of_task(records, task, searcher)])
@@ -262,15 +273,15 @@ def table(task: str, preset: Preset, records: Sequence[dict[str, Any]]) -> str:
                 cells.append(f"{values.mean:.2f} +- {half}".rjust(14))
             lines.append(f"{LABELS.get(searcher, searcher):<24}" + "".join(cells))
     lines.append("-" * 80)
-    first, *others = preset.searchers
+    first, *others = searchers
     for other in others:
-        for measure in ("simple_regret", "late_regret"):
+        for measure, title in MEASURES.items():
             mean, width, p = paired(records, task, measure, first, other, budgets[-1])
             interval = "-" if width is None else f"{width:.2f}"
             shown = "-" if p is None else f"{p:.2g}"
-            name = LABELS.get(other, other)
-            lines.append(f"{first} minus {name}, {measure.replace('_', ' ')}: {mean:+.2f} +- {interval} (p {shown})")
-    lines.append(f"p: paired t-test, one-sided, that the regret of the {first} is the smaller one")
+            lines.append(f"{first} minus {LABELS.get(other, other)}, {title}: {mean:+.2f} +- {interval} (p {shown})")
+    if others:
+        lines.append(f"p: paired t-test after {budgets[-1]} trials, one-sided: {first} has the smaller one")
     return "\n".join(lines)
 
 
@@ -286,22 +297,22 @@ def paired(
     return found.mean, found.half_width, float(stats.ttest_1samp(differences, 0, alternative="less").pvalue)
 
 
-def plot(path: Path, tasks: Sequence[str], preset: Preset, records: Sequence[dict[str, Any]]) -> None:
+def plot(path: Path, tasks: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
     """A PNG: regret over trials, a column per task, with 95% intervals; simple regret above, late regret below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    budgets = [b for b in CHECKPOINTS if b <= preset.budget]
+    budgets, searchers = budgets_of(records), searchers_of(records)
     figure = Figure(figsize=(1.2 + 3.2 * len(tasks), 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
     for column, task in enumerate(tasks):
-        for row, (measure, title) in enumerate((("simple_regret", "simple regret"), ("late_regret", "late regret"))):
+        for row, (measure, title) in enumerate(MEASURES.items()):
             axes = grid[row][column]
-            for i, searcher in enumerate(preset.searchers):
+            for i, searcher in enumerate(searchers):
                 found = [estimate([r[measure][str(b)] for r in of_task(records, task, searcher)]) for b in budgets]
                 axes.errorbar(
-                    [budget * 1.03 ** (i - len(preset.searchers) / 2) for budget in budgets],
+                    [budget * 1.03 ** (i - len(searchers) / 2) for budget in budgets],
                     [each.mean for each in found],
                     yerr=[each.half_width or 0.0 for each in found],
                     fmt="o-",
