@@ -14,7 +14,6 @@ from autodropout import Site
 from autodropout import load_policy
 from autodropout.policy import shipped_policies
 
-DEFAULT_POLICY = "hand-v0"
 # Rates for the classical methods; for autodropout one factor on the sizes of tiles and the rates of other patterns.
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "none": (),

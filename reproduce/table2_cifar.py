@@ -31,7 +31,6 @@ from autodropout.reproduce.experiment import Job
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
 from autodropout.reproduce.experiment import check_policies
-from autodropout.reproduce.methods import DEFAULT_POLICY
 from autodropout.reproduce.methods import METHODS
 from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.methods import open_policy
@@ -50,7 +49,7 @@ PAPER_NETWORK = (28, 10)
 
 @dataclass(frozen=True)
 class Preset:
-    """`valid_images` None: a tenth of the training images, given back for the final models."""
+    """`valid_images` None: a tenth of the training images, given back for the final models. `policy`: unless asked."""
 
     recipe: Recipe
     train_images: int
@@ -58,6 +57,7 @@ class Preset:
     seeds: int
     tuning_seeds: int
     threads: int | None
+    policy: str
     cost: str
 
 
@@ -72,6 +72,7 @@ PRESETS = {
         seeds=5,
         tuning_seeds=2,
         threads=1,
+        policy="digits-v1",
         cost="60 models, 3 to 4 minutes on two CPU cores, offline (measured: 3 min 12 s)",
     ),
     "small": Preset(
@@ -81,6 +82,7 @@ PRESETS = {
         seeds=3,
         tuning_seeds=1,
         threads=None,
+        policy="hand-v0",
         cost="33 models, about 17 hours on two CPU cores (measured: 50 to 96 s an epoch); GPUs: not measured",
     ),
     "paper": Preset(
@@ -90,6 +92,7 @@ PRESETS = {
         seeds=5,
         tuning_seeds=1,
         threads=None,
+        policy="hand-v0",
         cost="45 models of 200 epochs, 1.4e19 floating-point operations: GPU days; not measured",
     ),
 }
@@ -161,10 +164,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--policy",
-        default=DEFAULT_POLICY,
         metavar="POLICY",
         help=f"name or file of the policy that autodropout scales, for example DIR/policies/best.json of a search "
-        f"(default: {DEFAULT_POLICY})",
+        f"(default: {', '.join(f'{preset.policy} for {name}' for name, preset in PRESETS.items())})",
     )
     parser.add_argument(
         "--augment",
@@ -203,7 +205,7 @@ def _settings(args: argparse.Namespace, preset: Preset, data: ImageData) -> Sett
     augment = data.augment
     if args.augment == "randaugment":
         augment = "randaugment" if augment == "none" else f"{augment}+randaugment"
-    policy_name, policy = open_policy(args.policy)
+    policy_name, policy = open_policy(args.policy or preset.policy)
     return Settings(
         name=NAME,
         preset=args.preset,

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,12 +127,14 @@ def test_table_of_a_tiny_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "scikit-learn digits (8x8), fingerprint " in text
     assert "10 training, 500 validation, 797 test images" in text
     labels = ("none", "Dropout", "SpatialDropout", "DropBlock", "Stochastic depth")
-    labels += ("AutoDropout (hand-v0, hand-made, not searched)",)
+    labels += ("AutoDropout (digits-v1, searched with the recipe digits, 320 trials)",)
     for label in labels:
-        (row,) = [line.split() for line in lines if line.startswith(label + " ")]
+        *above, last = textwrap.wrap(label, 46, break_on_hyphens=False)
+        assert set(above) <= set(lines)
+        (row,) = [line.split() for line in lines if line.startswith(last + " ")]
         n, mean, plus, half, paper = row[-5:]
         assert (n, plus, paper) == ("2", "+-", "-")
-        strength = row[len(label.split())]
+        strength = row[len(last.split())]
         finals = [r for r in records(tmp_path) if r["phase"] == "final" and method_of(label) == r["method"]]
         assert [r["strength"] for r in finals] == [None if strength == "-" else float(strength)] * 2
         first, second = (100 * float(str(r["accuracy"])) for r in finals)
