@@ -20,7 +20,9 @@ from mask_contracts import filled_memory  # noqa: F401
 
 from autodropout.kernels.bernoulli import threshold_of
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+# Its compiler takes more registers and instructions for two kernels than 3.9, for which the limits were set.
+BEFORE_3_9 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCRIPT = Path(__file__).parent / "compile_bernoulli.py"
@@ -216,11 +218,14 @@ def test_what_is_compiled(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_is_spilled(compiled: list[dict[str, Any]]) -> None:
-    """At most 128 registers: four programs of 128 threads on a processor of 65,536; in float64 170: three."""
+    """At most 128 registers: four programs of 128 threads on a processor of 65,536. Before 3.9 Triton needs 136 in
+    float64.
+    """
     for kernel in compiled:
         assert kernel["spilled"] == 0, label(kernel)
         assert kernel["scratch"] == 0, label(kernel)
-        assert kernel["registers"] <= (170 if kernel["dtype"] == "fp64" else 128), (label(kernel), kernel["registers"])
+        most = 136 if BEFORE_3_9 and kernel["dtype"] == "fp64" else 128
+        assert kernel["registers"] <= most, (label(kernel), kernel["registers"])
 
 
 def test_every_access_takes_16_bytes(compiled: list[dict[str, Any]]) -> None:
@@ -250,7 +255,7 @@ def test_large_activations_are_not_addressed_with_32_bits(compiled: list[dict[st
 
 # SASS instructions per element on sm_90, all kernels in bf16; a call of Philox takes 10 of them (docs/bernoulli.md). Of
 # the strided kernel Triton 3.9 makes 26.94 and 3.8 makes 27.16.
-MOST = {"cells_kernel": 22, "rows_kernel": 18, "strided_kernel": 27.2}
+MOST = {"cells_kernel": 22, "rows_kernel": 18, "strided_kernel": 27.2 if BEFORE_3_9 else 27}
 MOST_UNALIGNED = 41  # two calls for four places
 
 
