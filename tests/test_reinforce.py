@@ -21,6 +21,7 @@ from autodropout.search.controller import Controller
 from autodropout.search.core import Search
 from autodropout.search.reinforce import ControllerSearcher
 from autodropout.search.reinforce import loss
+from autodropout.search.searcher import Sample
 from autodropout.search.space import Choices
 from autodropout.search.space import SearchSpace
 
@@ -116,9 +117,12 @@ def test_without_weights_stale_samples_give_another_gradient() -> None:
     assert float((biased - exact).norm()) > 0.1 * float(exact.norm())
 
 
+@pytest.mark.parametrize("elite_coefficient", [0.0, 0.7])
 @pytest.mark.parametrize("stale", [0.3, 5.0])
 @pytest.mark.parametrize("importance_weights", [True, False])
-def test_an_update_takes_the_gradient_of_its_figures(importance_weights: bool, stale: float) -> None:
+def test_an_update_takes_the_gradient_of_its_figures(
+    importance_weights: bool, stale: float, elite_coefficient: float
+) -> None:
     """Adam's first moment after one step is a tenth of the gradient: against advantages and weights computed here."""
     space = conditional()
     searcher = ControllerSearcher(
@@ -129,7 +133,10 @@ def test_an_update_takes_the_gradient_of_its_figures(importance_weights: bool, s
         weight_clip=1.5,
         importance_weights=importance_weights,
         epochs=1,
+        elites=3,
+        elite_coefficient=elite_coefficient,
     )
+    searcher.updates = 4  # with this batch 20 results, at least 6 for each elite
     searcher.controller.double()
     shake(searcher.controller)
     sequences = every_sequence(space)[3:40:10]
@@ -145,6 +152,8 @@ def test_an_update_takes_the_gradient_of_its_figures(importance_weights: bool, s
     for row in range(4):
         advantage = (rewards[row] - 2.5) / scale
         expected = expected - min(max(weights[row], 1 / 1.5), 1.5) * advantage * evaluation.log_probs[row].sum() / 4
+    # Of the best three, those above the baseline of 2.5.
+    expected = expected - elite_coefficient * (evaluation.log_probs[1].sum() + evaluation.log_probs[3].sum()) / 2
     exact = gradient(searcher.controller, expected)
 
     figures = searcher.update(samples_of(sequences, rewards, ages, recorded))
@@ -157,6 +166,7 @@ def test_an_update_takes_the_gradient_of_its_figures(importance_weights: bool, s
     assert [figures["weights"][0], figures["weights"][3]] == [1.0, 1.0]
     assert figures["clipped"] == (0.0 if not importance_weights else 0.25 if stale < 0.4 else 0.5)
     assert figures["baseline"] == 2.5
+    assert figures["elites"] == (2 if elite_coefficient else 0)
     assert figures["advantage_std"] == pytest.approx(scale, rel=1e-15)
     entropies = evaluation.entropies.detach()
     assert figures["entropy"] == pytest.approx(float(entropies.sum(-1).mean()), rel=1e-15)
@@ -252,6 +262,31 @@ def test_the_gradient_is_clipped_to_its_norm() -> None:
     assert clipped == pytest.approx(0.01, rel=1e-4)  # PyTorch adds 1e-6 to the norm
 
 
+def imitated(searcher: ControllerSearcher, first: int, rewards: tuple[float, float]) -> int:
+    """An update with these rewards for arms `first` and `first + 1`; how many elites it imitated."""
+    samples = [Sample(first + i, (first + i,), 0.0, reward, 0) for i, reward in enumerate(rewards)]
+    count = searcher.update(samples)["elites"]
+    assert isinstance(count, int)
+    return count
+
+
+def test_the_elites_are_the_best_of_all_results_above_the_baseline() -> None:
+    searcher = ControllerSearcher(arms(8), batch_size=2, baseline_decay=0.5, elites=3)
+    searcher.updates = 8  # this batch is the ninth: six results for each elite
+    # By hand. Baselines in use: 2, then 2, then (2 + 6) / 2 = 4.
+    assert imitated(searcher, 0, (1.0, 3.0)) == 1
+    assert imitated(searcher, 2, (9.0, 3.0)) == 3
+    assert searcher.best == [(9.0, 2, (2,)), (3.0, 3, (3,)), (3.0, 1, (1,))]  # of equal ones the younger
+    assert imitated(searcher, 4, (3.0, 5.0)) == 2
+    assert searcher.best == [(9.0, 2, (2,)), (5.0, 5, (5,)), (3.0, 4, (4,))]
+
+
+def test_elites_wait_for_six_results_each() -> None:
+    searcher = ControllerSearcher(arms(8), batch_size=2, elites=1)
+    counts = [imitated(searcher, first, (1.0, 3.0)) for first in (0, 2, 4)]
+    assert counts == [0, 0, 1]
+
+
 # --- what it does ---
 
 
@@ -296,14 +331,26 @@ def test_more_epochs_go_further_until_the_ratios_leave_the_clip() -> None:
     assert once == probability(epochs=1, ratio_clip=0.0)
     assert probability(epochs=3) > once
     # Beyond the clip after the first step: the second has no gradient, and Adam's moment only decays.
-    searcher = ControllerSearcher(arms(2), batch_size=4, entropy_coefficient=0.0, epochs=2, ratio_clip=0.0)
-    other = ControllerSearcher(arms(2), batch_size=4, entropy_coefficient=0.0, epochs=1)
+    plain: dict[str, Any] = {"batch_size": 4, "entropy_coefficient": 0.0, "elite_coefficient": 0.0}
+    searcher = ControllerSearcher(arms(2), **plain, epochs=2, ratio_clip=0.0)
+    other = ControllerSearcher(arms(2), **plain, epochs=1)
     for one in (searcher, other):
         one.update(samples_of(sequences, rewards, (0,) * 4, (math.log(0.5),) * 4))
     twice, first = (one.optimizer.state_dict()["state"] for one in (searcher, other))
     assert first.keys() == twice.keys()
     for index, moments in first.items():
         assert torch.allclose(twice[index]["exp_avg"], 0.9 * moments["exp_avg"], rtol=2.0**-22, atol=0.0)
+
+
+def test_imitating_the_best_raises_their_likelihood() -> None:
+    """Sixteen tokens of two values, of which a batch of four says little about any."""
+
+    def likelihood(**settings: Any) -> float:
+        searcher = ControllerSearcher(arms(*[2] * 16), seed=0, batch_size=4, elites=4, **settings)
+        play(Search(searcher), lambda choices: float(sum(choices)), trials=40)
+        return float(searcher.controller.log_prob([elite.choices for elite in searcher.best]).mean().detach())
+
+    assert likelihood() > likelihood(elite_coefficient=0.0)
 
 
 def test_it_finds_a_planted_optimum() -> None:

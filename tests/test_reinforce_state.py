@@ -116,6 +116,8 @@ def test_settings_make_the_same_searcher() -> None:
         ("gradient_clip", math.nan),
         ("epochs", 0),
         ("ratio_clip", -1.0),
+        ("elites", 0),
+        ("elite_coefficient", -1.0),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(setting: str, value: float) -> None:

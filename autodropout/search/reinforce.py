@@ -1,10 +1,11 @@
-"""The controller as a searcher: REINFORCE on finished samples, however stale they are."""
+"""The controller as a searcher: REINFORCE on finished samples, however stale they are, and imitation of the best."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from .controller import uniforms
 from .searcher import Proposal
 from .searcher import Sample
 from .searcher import Searcher
+from .space import Choices
 from .space import SearchSpace
 
 BLOCK = 16  # proposals that are sampled together: numbers [16 k, 16 k + 16)
+SELECTION = 6  # results for each elite, at least, before the elites are imitated
 TINY = 1e-12  # the least that a learning rate, a half-life or a clip may be
 
 
@@ -43,11 +46,20 @@ def loss(
     return -gain - entropy_coefficient * entropies.sum(-1).mean()
 
 
+class Elite(NamedTuple):
+    """A result among the best: its reward, the number of its trial and the choices."""
+
+    reward: float
+    number: int
+    choices: Choices
+
+
 class ControllerSearcher(Searcher):
     """The paper's searcher: a controller that proposes, and learns from the rewards by policy gradient.
 
     An update minimises `-mean(w_i * A_i * log P(r_i; theta)) - beta * mean(H_i)` over `batch_size` finished samples
-    (`loss`). The paper gives REINFORCE, a moving-average baseline and the importance weights; the rest is ours:
+    (`loss`), plus `-gamma * mean(log P(e_j; theta))` over the elites. The paper gives REINFORCE, a moving-average
+    baseline and the importance weights; the rest is ours:
 
     - *Advantage* `A_i = (reward_i - baseline) / scale`. The baseline is an exponential moving average of the means of
       the batches, the first mean to begin with. An update uses the baseline from *before* its batch, so that the
@@ -63,6 +75,11 @@ class ControllerSearcher(Searcher):
       probability then is the one computed now, and its weight is exactly 1.
     - *Entropy* `H_i`: the sum of the entropies of the distributions along the sample, in nats. Its coefficient halves
       every `entropy_half_life` updates.
+    - *Elites* e_j: the best `elites` results so far, of those above the baseline; of equal ones the younger. Their
+      likelihood is raised (priority queue training, Abolafia et al. 2018, arXiv 1801.03526): a batch teaches once, but
+      its best samples go on teaching. Not before there are `SELECTION` results for each elite, because the best of few
+      are the lucky ones, and what is imitated is proposed and so selected again. `elite_coefficient=0` leaves the
+      paper's gradient.
     - *Step*: Adam on the gradient, whose norm is clipped. With `epochs` more than 1 a batch is used again: the weight
       of each token is multiplied by its ratio P(now) / P(at the start of the update), and a token whose ratio is beyond
       `1 + ratio_clip` (below `1 - ratio_clip`) in the direction of its advantage no longer pulls (PPO's rule). In the
@@ -91,6 +108,8 @@ class ControllerSearcher(Searcher):
         gradient_clip: largest norm of the gradient.
         epochs: steps on each batch.
         ratio_clip: of the ratios of tokens; without effect for one epoch.
+        elites: how many of the best results are imitated, at most.
+        elite_coefficient: gamma; 0: none is imitated.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range, by name.
@@ -112,6 +131,8 @@ class ControllerSearcher(Searcher):
         gradient_clip: float = 1.0,
         epochs: int = 3,
         ratio_clip: float = 0.2,
+        elites: int = 16,
+        elite_coefficient: float = 1.0,
     ) -> None:
         super().__init__(space, integer("seed", seed, -(2**63), 2**64 - 1))
         self.batch_size = integer("batch_size", batch_size, 1, 2**20)
@@ -127,6 +148,8 @@ class ControllerSearcher(Searcher):
         self.gradient_clip = real("gradient_clip", gradient_clip, TINY)
         self.epochs = integer("epochs", epochs, 1, 1000)
         self.ratio_clip = real("ratio_clip", ratio_clip, 0)
+        self.elites = integer("elites", elites, 1, 2**20)
+        self.elite_coefficient = real("elite_coefficient", elite_coefficient, 0)
 
         with isolated():
             self.controller = Controller(space, self.seed)
@@ -134,6 +157,7 @@ class ControllerSearcher(Searcher):
         self.updates = 0
         self.baseline: float | None = None
         self.variance = 0.0
+        self.best: list[Elite] = []  # the best first
         self._block: dict[int, Proposal] = {}  # follows from the state: not part of it
 
     def propose(self, number: int) -> Proposal:
@@ -153,7 +177,7 @@ class ControllerSearcher(Searcher):
             Of the first epoch: `weights` (one a sample, before they are clipped), `clipped` (share of them beyond the
             clip), `baseline` (the one used), `advantage_std` (the scale, in units of the reward), `entropy` (nats, mean
             over the samples), `entropy_by_kind` (mean over the tokens that were asked; kinds that were not are left
-            out), `loss`, `gradient_norm` (before it is clipped).
+            out), `elites` (how many were imitated), `loss`, `gradient_norm` (before it is clipped).
 
         Raises:
             ValueError: another number of samples, or a stale one without its log-probability.
@@ -167,9 +191,10 @@ class ControllerSearcher(Searcher):
             weights = self._weights(samples, start.log_probs)
             baseline, advantages = self._advantages(samples)
             clipped = weights.clamp(1 / self.weight_clip, self.weight_clip)
-            figures = self._step(start, start, clipped, advantages)
+            elites = self._elites(samples, baseline)
+            figures = self._step(start, start, clipped, advantages, elites)
             for _ in range(1, self.epochs):
-                self._step(self.controller.evaluate(choices), start, clipped, advantages)
+                self._step(self.controller.evaluate(choices), start, clipped, advantages, elites)
         self.updates += 1
         return {
             "weights": weights.tolist(),
@@ -178,6 +203,7 @@ class ControllerSearcher(Searcher):
             "advantage_std": self.variance**0.5,
             "entropy": float(start.entropies.detach().sum(-1).mean()),
             "entropy_by_kind": self._entropy_by_kind(start),
+            "elites": len(elites),
             **figures,
         }
 
@@ -209,7 +235,22 @@ class ControllerSearcher(Searcher):
             ratios.append(log_prob - (log_prob if sample.age == 0 else sample.log_prob))
         return torch.stack(ratios).exp()
 
-    def _step(self, now: Evaluation, start: Evaluation, weights: Tensor, advantages: Tensor) -> dict[str, float]:
+    def _elites(self, samples: Sequence[Sample], baseline: float) -> list[Choices]:
+        """Keeps the best results so far; returns the choices of those that are imitated."""
+        new = [Elite(sample.reward, sample.number, sample.choices) for sample in samples]
+        self.best = sorted([*self.best, *new], reverse=True)[: self.elites]
+        if self.elite_coefficient == 0 or (self.updates + 1) * self.batch_size < SELECTION * self.elites:
+            return []
+        return [elite.choices for elite in self.best if elite.reward > baseline]
+
+    def _step(
+        self,
+        now: Evaluation,
+        start: Evaluation,
+        weights: Tensor,
+        advantages: Tensor,
+        elites: Sequence[Choices],
+    ) -> dict[str, float]:
         """One step of Adam; `start`: the evaluation at the beginning of the update."""
         ratios = (now.log_probs - start.log_probs).detach().double().exp()
         rises = advantages[:, None] > 0
@@ -218,6 +259,8 @@ class ControllerSearcher(Searcher):
         if self.entropy_half_life is not None:
             beta *= 0.5 ** (self.updates / self.entropy_half_life)
         value = loss(now.log_probs, now.entropies, weights[:, None] * ratios * pulls, advantages, beta)
+        if elites:
+            value = value - self.elite_coefficient * self.controller.log_prob(elites).mean()
         self.optimizer.zero_grad()
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.controller.parameters(), self.gradient_clip)
@@ -242,6 +285,7 @@ class ControllerSearcher(Searcher):
                 "updates": self.updates,
                 "baseline": self.baseline,
                 "variance": self.variance,
+                "best": [[reward, number, list(choices)] for reward, number, choices in self.best],
             }
         )
 
@@ -251,6 +295,7 @@ class ControllerSearcher(Searcher):
         self.updates = state["updates"]
         self.baseline = state["baseline"]
         self.variance = state["variance"]
+        self.best = [Elite(reward, number, tuple(choices)) for reward, number, choices in state["best"]]
         self._block = {}
 
     def settings(self) -> dict[str, Any]:
@@ -267,4 +312,6 @@ class ControllerSearcher(Searcher):
             "gradient_clip": self.gradient_clip,
             "epochs": self.epochs,
             "ratio_clip": self.ratio_clip,
+            "elites": self.elites,
+            "elite_coefficient": self.elite_coefficient,
         }
