@@ -17,10 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from .kernels import softmax_token_dropout
 from .nn import PatternDropout
+from .nn import PatternSite
+from .nn import SoftmaxSite
+from .patterns import BernoulliPattern
 from .patterns import Pattern
 from .patterns import TiledPattern
-from .policy import MODEL_PLACES
+from .patterns import TokenPattern
+from .policy import MAP_PLACES
+from .policy import PLACES
 from .policy import Policy
 from .policy import Site
 from .sites import Example
@@ -40,9 +46,10 @@ class AppliedSite:
     Args:
         name: path of the site's module.
         depth: position in order of execution, from 0 to 1.
-        map: (channels, height, width) of the activation; None if no example was given.
+        map: (channels, height, width) of the activation; None if no example was given, and in a Transformer.
         pattern: what is dropped there.
-        rate: exact expected dropped share on that map; None if no example was given.
+        rate: exact expected dropped share on that map, or in sequences of that length; None if no example was given.
+        length: tokens at a place of a Transformer (of a softmax: keys), else None.
     """
 
     name: str
@@ -50,6 +57,7 @@ class AppliedSite:
     map: Map | None
     pattern: Pattern
     rate: float | None
+    length: int | None = None
 
 
 class SiteDropout(PatternDropout):
@@ -59,6 +67,19 @@ class SiteDropout(PatternDropout):
 
     def _get_name(self) -> str:
         return "PatternDropout"
+
+    @property
+    def of_tokens(self) -> bool:
+        return self._op == TokenPattern.op
+
+    def after_softmax(self, scores: torch.Tensor) -> torch.Tensor:
+        """What `forward` makes of the softmax of the scores, in one op, while training and with a `TokenPattern`."""
+        share_t, share_c = "t" in str(self._shared), "c" in str(self._shared)
+        normalize = self._default_normalize if self.normalize is None else self.normalize
+        y: torch.Tensor = softmax_token_dropout(
+            scores, self._fields, share_t=share_t, share_c=share_c, normalize=normalize
+        )
+        return y
 
 
 class MaskedModule(nn.Module):
@@ -77,6 +98,14 @@ class MaskedModule(nn.Module):
         return _new_masked, (self.unmasked_class,), *reduced[2:]
 
 
+class MaskedSoftmax(MaskedModule):
+    """A `SoftmaxSite` with a pattern: with one of tokens, softmax and mask are one op."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropout = self.pattern_dropout
+        return dropout.after_softmax(x) if dropout.training and dropout.of_tokens else super().forward(x)
+
+
 _MASKED_CLASSES: dict[type[nn.Module], type[MaskedModule]] = {}
 
 
@@ -84,7 +113,8 @@ def masked_class(kind: type[nn.Module]) -> type[MaskedModule]:
     """The class of a module of this kind whose output is masked: always the same one, a subclass of the same name."""
     if kind not in _MASKED_CLASSES:
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        _MASKED_CLASSES[kind] = type(kind.__name__, (MaskedModule, kind), {"unmasked_class": kind, **names})
+        base = MaskedSoftmax if issubclass(kind, SoftmaxSite) else MaskedModule
+        _MASKED_CLASSES[kind] = type(kind.__name__, (base, kind), {"unmasked_class": kind, **names})
     return _MASKED_CLASSES[kind]
 
 
@@ -103,6 +133,9 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     other sites. The blocks that can be masked so are `BasicBlock` and `Bottleneck` of torchvision's and timm's ResNets
     and our `WideBlock`.
 
+    A Transformer takes `TokenPattern`s at its `PatternSite`s, and `BernoulliPattern`s of cells or samples; a policy
+    moves between Transformers place by place.
+
     The keys of the `state_dict` stay the same, evaluation does what it did, and `deepcopy`, pickling, EMA copies,
     `torch.compile` (before or after), `torch.export`, DDP and FSDP work. `convert_sync_batchnorm` makes new modules:
     convert first. The dropout of a site follows the training flag of its batch normalisation: a frozen one, in
@@ -111,18 +144,19 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     Args:
         model: any module; see `find_sites` for what its sites are.
         policy: patterns and their sites. A site whose pattern is None is left alone.
-        example: what the model is called with: a tensor (N, C, H, W), a tuple of positional or a mapping of keyword
-            arguments. With it the sites are taken in the order in which they run, and rates are checked; without it in
-            the order in which they are registered.
+        example: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments. With
+            it the sites are taken in the order in which they run, and rates are checked; without it in the order in
+            which they are registered.
 
     Returns:
         The sites that have a pattern now, place by place, in order.
 
     Raises:
         TypeError: `model` is no module or `policy` no policy.
-        ValueError: the model has no sites, or a policy already; the policy has a site of a place that is not looked for
-            in models; the exact expected rate of a pattern on the map of its site is above 0.95 (needs `example`);
-            `residual` where it means nothing. The model is left untouched.
+        ValueError: the model has no sites of a place of the policy, or has a policy already; a pattern of maps at a
+            place of tokens or the other way round; the exact expected rate of a pattern on the map, or in the
+            sequences, of its site is above 0.95 (needs `example`); `residual` where it means nothing. The model is
+            left untouched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -132,10 +166,8 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     if next(_site_dropouts(model), None) is not None:
         raise ValueError("model has a policy already: call remove_policy first")
     for source in policy.sites:
-        if source.place not in MODEL_PLACES:
-            allowed = " or ".join(map(repr, MODEL_PLACES))
-            raise ValueError(f"place must be {allowed} to be found in a model, got {source.place!r} at {source.name!r}")
-    plan = [step for place in MODEL_PLACES for step in _plan(model, policy, place, example)]
+        _check_kind(source)
+    plan = [step for place in PLACES for step in _plan(model, policy, place, example)]
     applied = [_applied(site, pattern) for site, pattern in plan]
 
     for site, pattern in plan:
@@ -191,6 +223,21 @@ def _plan(model: nn.Module, policy: Policy, place: str, example: Example | None)
     return plan
 
 
+def _check_kind(site: Site) -> None:
+    """Maps have no tokens, and sequences neither rows nor columns."""
+    pattern = site.pattern
+    if pattern is None:
+        return
+    if site.place in MAP_PLACES:
+        fits, allowed = not isinstance(pattern, TokenPattern), "a pattern of maps"
+    else:
+        cells = isinstance(pattern, BernoulliPattern) and pattern.shared in ("none", "sample")
+        fits = cells or isinstance(pattern, TokenPattern)
+        allowed = "a TokenPattern, or a BernoulliPattern of cells or samples,"
+    if not fits:
+        raise ValueError(f"pattern must be {allowed} at place {site.place!r}, got {pattern!r} at {site.name!r}")
+
+
 def _residual(pattern: Pattern | None) -> bool:
     return isinstance(pattern, TiledPattern) and pattern.residual
 
@@ -211,20 +258,31 @@ def _check_residual(sources: tuple[Site, ...], targets: tuple[ModelSite, ...], e
 
 
 def _applied(site: ModelSite, pattern: Pattern) -> AppliedSite:
-    for channels, height, width in site.maps:
-        rate = pattern.expected_rate(height, width)
-        if rate > MAX_RATE:
-            raise ValueError(
-                f"pattern at site {site.name!r} (map {channels}x{height}x{width}) must have an expected rate of "
-                f"at most {MAX_RATE}, got {rate:.4f}: {pattern!r}"
-            )
-    if site.map is None:
-        return AppliedSite(site.name, site.depth, None, pattern, None)
-    return AppliedSite(site.name, site.depth, site.map, pattern, pattern.expected_rate(*site.map[1:]))
+    rates = [
+        *(_checked(site, pattern, f"map {c}x{h}x{w}", pattern.expected_rate(h, w)) for c, h, w in site.maps),
+        *(_checked(site, pattern, f"{length} tokens", _rate_in(pattern, length)) for length in site.lengths),
+    ]
+    length = site.lengths[0] if site.lengths else None
+    return AppliedSite(site.name, site.depth, site.map, pattern, rates[0] if rates else None, length)
+
+
+def _rate_in(pattern: Pattern, length: int) -> float:
+    """The expected rate in sequences of so many tokens."""
+    return pattern.expected_rate(length) if isinstance(pattern, TokenPattern) else pattern.expected_rate(1, length)
+
+
+def _checked(site: ModelSite, pattern: Pattern, where: str, rate: float) -> float:
+    if rate > MAX_RATE:
+        raise ValueError(
+            f"pattern at site {site.name!r} ({where}) must have an expected rate of at most {MAX_RATE}, "
+            f"got {rate:.4f}: {pattern!r}"
+        )
+    return rate
 
 
 def _mask_output(module: nn.Module, pattern: Pattern) -> None:
-    module.add_module(CHILD, SiteDropout(pattern).train(module.training))
+    layout = module.layout if isinstance(module, PatternSite) else "NTC"
+    module.add_module(CHILD, SiteDropout(pattern, layout=layout).train(module.training))
     if not isinstance(module, nn.Sequential):  # an empty one, see _mask_skip: it runs its children by itself
         module.__class__ = masked_class(type(module))
 

@@ -16,6 +16,7 @@ from .patterns import Pattern
 from .patterns.checks import choice
 from .patterns.checks import flag
 from .patterns.checks import real
+from .policy import LAYER_PLACES
 
 NORMALIZE = ("mask", "expected", "none")
 LAYOUTS = ("NTC", "TNC", "NHTD", "NHQK")
@@ -89,6 +90,50 @@ class PatternDropout(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # torch.load moves every tensor to `map_location`: the fields are made again, on the CPU.
         self.pattern = self._pattern
+
+
+class PatternSite(nn.Module):
+    """A place of a Transformer's layer, for `apply_policy` to put a pattern at; the identity without one.
+
+    Put one wherever a policy should be able to act, for example `self.query = PatternSite("query", "NHTD")`, and send
+    the tensor through it. It has neither parameters nor buffers, and leaves nothing in an exported graph.
+
+    Shape: as `layout` says; the output has the input's shape and dtype.
+
+    Args:
+        place: "query", "key", "value", "softmax", "output" (projection), "residual", or "feed_forward", the hidden
+            layer, which the paper leaves alone.
+        layout: `"NTC"`, `"TNC"`, `"NHTD"` (by head) or `"NHQK"` (attention weights, a token being a key), as in
+            `pattern_dropout`.
+
+    Raises:
+        TypeError, ValueError: an argument is none of those strings.
+    """
+
+    def __init__(self, place: str, layout: str = "NTC") -> None:
+        super().__init__()
+        self.place = choice("place", place, LAYER_PLACES)
+        self.layout = choice("layout", layout, LAYOUTS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.place!r}, layout={self.layout!r}"
+
+
+class SoftmaxSite(PatternSite):
+    """The place "softmax": from scores (N, H, Q, K), -inf where a key must not be seen, to attention weights.
+
+    With a `TokenPattern` both are one op, `softmax_token_dropout`; the last key is the youngest, with memory the oldest
+    of it is key 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("softmax", "NHQK")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.softmax(-1)
 
 
 class _Dropout(PatternDropout):

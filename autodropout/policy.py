@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # version of the file format
 MASKS = 1  # version of the bit definitions: the same pattern and seed drop the same cells
-MODEL_PLACES = ("batch_norm", "branch")  # where `apply_policy` puts patterns; what they are in a model: sites.py
-TOKEN_PLACES = ("query", "key", "value", "softmax", "output", "residual")  # of a Transformer's layer
-PLACES = MODEL_PLACES + TOKEN_PLACES
+# Where `apply_policy` puts patterns; what they are in a model: sites.py.
+MAP_PLACES = ("batch_norm", "branch")
+TOKEN_PLACES = ("query", "key", "value", "softmax", "output", "residual")  # of a Transformer's layer: the paper's
+LAYER_PLACES = (*TOKEN_PLACES, "feed_forward")  # with ours
+PLACES = MAP_PLACES + LAYER_PLACES
 
 # Depths are quotients of site counts, rounded to floats, so that the distances of an exact tie may differ in the last
 # bit. Distances that do differ are further apart than this in networks of up to ten thousand sites.
@@ -43,7 +45,7 @@ class Site:
         depth: position in order of execution, from 0 (the first site) to 1 (the last).
         place: what the pattern is applied to: "batch_norm", the output of a batch normalisation, "branch", the end of a
             residual branch (for stochastic depth), or a place of a Transformer's layer: "query", "key", "value",
-            "softmax", "output" (projection) or "residual".
+            "softmax", "output" (projection), "residual" or "feed_forward" (the hidden layer).
         pattern: the pattern; None = nothing is dropped.
 
     Raises:

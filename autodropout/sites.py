@@ -1,11 +1,15 @@
 """The sites of a model: where a policy puts its patterns.
 
-Two places are known (Pham & Le 2021 mask the output of batch normalisation; the second is ours, for stochastic depth):
+Two places are known in ConvNets (Pham & Le 2021 mask the output of batch normalisation; the second is ours, for
+stochastic depth):
 
 - `"batch_norm"`: the output of every `BatchNorm2d` (and subclasses, and `SyncBatchNorm`), before the activation, except
   on a shortcut branch: a module whose path has a component named `downsample`, `shortcut` or `skip`.
 - `"branch"`: the output of every `nn.Identity` that is called `branch`, the end of a residual branch by the convention
   of `autodropout.reproduce.models.wide_resnet`.
+
+Those of a Transformer's layer ("query", "key", "value", "softmax", "output", "residual"; ours: "feed_forward") are the
+outputs of the `PatternSite` modules that name them.
 
 The order is that of the execution, found by running an example; depth is the position in it, from 0 to 1.
 """
@@ -21,10 +25,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .policy import MODEL_PLACES
+from .nn import PatternSite
+from .policy import PLACES
 
 Example = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 Map = tuple[int, int, int]
+
+Size = Map | int
+# Which dimension of a layout counts its tokens.
+TOKENS = {"NTC": 1, "TNC": 0, "NHTD": 2, "NHQK": 3}
 
 SHORTCUT_NAMES = frozenset({"downsample", "shortcut", "skip"})
 
@@ -46,8 +55,10 @@ class ModelSite:
     Args:
         name: path of the module in the model.
         depth: position in order of execution, from 0 (the first site) to 1 (the last); 0 for a single site.
-        place: one of `MODEL_PLACES`.
-        maps: (channels, height, width) of the output, every size seen with the example, in order; empty without one.
+        place: one of `PLACES`.
+        maps: (channels, height, width) of the output, every size seen with the example, in order; empty without one,
+            and in a Transformer.
+        lengths: tokens of the output of a Transformer's place (of a softmax: keys), likewise.
         target: path of the module whose output is masked; another than `name` where the normalisation brings its
             activation along.
         block: path of the residual block, of a known kind, whose last site this is; else None.
@@ -59,6 +70,7 @@ class ModelSite:
     maps: tuple[Map, ...]
     target: str
     block: str | None
+    lengths: tuple[int, ...] = ()
 
     @property
     def map(self) -> Map | None:
@@ -72,9 +84,9 @@ def find_sites(model: nn.Module, example: Example | None = None, place: str = "b
     Args:
         model: any module. It is run once on the example, in evaluation mode and without gradients; training flags,
             buffers and the random number generators are put back.
-        example: what the model is called with: a tensor (N, C, H, W), a tuple of positional or a mapping of keyword
-            arguments. Modules that it does not reach are no sites. None: order of registration, and no maps.
-        place: one of `MODEL_PLACES`.
+        example: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
+            Modules that it does not reach are no sites. None: order of registration, no maps and no lengths.
+        place: one of `PLACES`.
 
     Returns:
         A tuple of sites, empty if there are none.
@@ -82,25 +94,26 @@ def find_sites(model: nn.Module, example: Example | None = None, place: str = "b
     Raises:
         ValueError: `place` is none of them.
     """
-    if place not in MODEL_PLACES:
-        raise ValueError(f"place must be one of {', '.join(map(repr, MODEL_PLACES))}, got {place!r}")
+    if place not in PLACES:
+        raise ValueError(f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}")
     # A compiled model is looked at from inside: the wrapper would add a component to every path.
     model = getattr(model, "_orig_mod", model)
     candidates = {name: module for name, module in model.named_modules() if _is_site(name, module, place)}
-    maps: dict[str, tuple[Map, ...]]
-    maps = dict.fromkeys(candidates, ()) if example is None else _trace(model, candidates, example)
-    blocks = {name: _block_of(model, name) if place == "batch_norm" else None for name in maps}
+    seen: dict[str, tuple[Size, ...]]
+    seen = dict.fromkeys(candidates, ()) if example is None else _trace(model, candidates, example)
+    blocks = {name: _block_of(model, name) if place == "batch_norm" else None for name in seen}
     last = {block: name for name, block in blocks.items()}
     return tuple(
         ModelSite(
             name=name,
-            depth=position / max(1, len(maps) - 1),
+            depth=position / max(1, len(seen) - 1),
             place=place,
-            maps=seen,
+            maps=tuple(size for size in sizes if isinstance(size, tuple)),
+            lengths=tuple(size for size in sizes if isinstance(size, int)),
             target=_target(name, candidates[name]),
             block=blocks[name] if last[blocks[name]] == name else None,
         )
-        for position, (name, seen) in enumerate(maps.items())
+        for position, (name, sizes) in enumerate(seen.items())
     )
 
 
@@ -117,6 +130,8 @@ def _is_site(name: str, module: nn.Module, place: str) -> bool:
     parts = name.split(".")
     if place == "branch":
         return parts[-1] == "branch" and isinstance(module, nn.Identity)
+    if place != "batch_norm":
+        return isinstance(module, PatternSite) and module.place == place
     return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and SHORTCUT_NAMES.isdisjoint(parts)
 
 
@@ -137,16 +152,23 @@ def _block_of(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _trace(model: nn.Module, candidates: dict[str, nn.Module], example: Example) -> dict[str, tuple[Map, ...]]:
-    """The maps seen by each candidate, in the order in which they first ran."""
-    maps: dict[str, tuple[Map, ...]] = {}
+def _trace(model: nn.Module, candidates: dict[str, nn.Module], example: Example) -> dict[str, tuple[Size, ...]]:
+    """The sizes seen by each candidate, in the order in which they first ran."""
+    seen: dict[str, tuple[Size, ...]] = {}
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.dim() == 4:
-                seen = (output.shape[1], output.shape[2], output.shape[3])
-                before = maps.setdefault(name, ())
-                maps[name] = before if seen in before else (*before, seen)
+            if not isinstance(output, torch.Tensor):
+                return
+            size: Size
+            if isinstance(module, PatternSite):
+                size = output.shape[TOKENS[module.layout]]
+            elif output.dim() == 4:
+                size = (output.shape[1], output.shape[2], output.shape[3])
+            else:
+                return
+            before = seen.setdefault(name, ())
+            seen[name] = before if size in before else (*before, size)
 
         return module.register_forward_hook(record)
 
@@ -163,7 +185,7 @@ def _trace(model: nn.Module, candidates: dict[str, nn.Module], example: Example)
     finally:
         for handle in handles:
             handle.remove()
-    return maps
+    return seen
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from autodropout.policy import Site
 from autodropout.policy import load_policy
 from autodropout.policy import shipped_policies
 
-PLACES = "'batch_norm', 'branch', 'query', 'key', 'value', 'softmax', 'output', 'residual'"
+PLACES = "'batch_norm', 'branch', 'query', 'key', 'value', 'softmax', 'output', 'residual', 'feed_forward'"
 POLICY = Policy(
     (
         Site("a", 0.0, pattern=TiledPattern(0.25, stride=0.5, repeat=2, residual=True)),

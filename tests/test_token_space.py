@@ -132,11 +132,9 @@ def test_rates_spread_as_documented(length: int) -> None:
         assert abs(share - Fraction(level, 10)) < Fraction(16, 100), level
 
 
-def test_models_refuse_the_places_of_transformers() -> None:
+def test_convnets_refuse_the_places_of_transformers() -> None:
     policy = TokenSpace([site()]).decode((0,) * 5)
-    with pytest.raises(
-        ValueError, match=r"^place must be 'batch_norm' or 'branch' to be found in a model, got 'query'"
-    ):
+    with pytest.raises(ValueError, match=r"^model has no sites of place 'query' that the example reaches: WideResNet"):
         apply_policy(WideResNet(10, 1), policy, torch.zeros(1, 3, 8, 8))
 
 
