@@ -19,9 +19,13 @@ import json
 import os
 import platform
 import time
+from abc import ABC
+from abc import abstractmethod
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,17 +35,9 @@ from filelock import FileLock
 from filelock import Timeout
 
 from autodropout import Policy
-from autodropout import apply_policy
 from autodropout.provenance import commit
 
-from .data import ImageData
-from .methods import STRENGTHS
-from .methods import method_policy
 from .methods import policy_origin
-from .training import Recipe
-from .training import build_model
-from .training import example_input
-from .training import train_model
 from .training import write_atomically
 
 SCHEMA = 1
@@ -58,11 +54,21 @@ class RunError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """One experiment. `final_on_all`: the final models are trained on training and validation images together."""
+    """One experiment.
+
+    Args:
+        name, preset: of the script.
+        recipe: what determines a training besides data, policy and seed: a dataclass with a field `epochs`.
+        methods: compared.
+        seeds: final models of each method.
+        tuning_seeds: models of each strength that is tried.
+        final_on_all: whether the final models are trained on training and validation data together.
+        policy_name, policy: of the method "autodropout".
+    """
 
     name: str
     preset: str
-    recipe: Recipe
+    recipe: Any
     methods: tuple[str, ...]
     seeds: int
     tuning_seeds: int
@@ -73,7 +79,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train. `phase` "tune" is measured on the validation images, "final" on the test images."""
+    """One model to train. `phase` "tune" is measured on the validation data, "final" on the test data."""
 
     phase: str
     method: str
@@ -82,42 +88,68 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """`value`: of the task's metric. `figures`: others to record. `arguments`: what of the data was used, to record."""
+
+    value: float
+    seconds: float
+    arguments: dict[str, Any]
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Result:
-    """Final accuracies in [0, 1] of one method at its tuned strength, by seed 0, 1, ..."""
+    """Final values of one method at its tuned strength, by seed 0, 1, ..."""
 
     method: str
     strength: float | None
-    accuracies: tuple[float, ...]
+    values: tuple[float, ...]
 
 
-def check_policies(settings: Settings, data: ImageData) -> None:
-    """Puts every policy of the experiment on its network once, so that a refusal comes before any training.
+class Task(ABC):
+    """What an experiment trains, and on what.
 
-    Raises:
-        RunError: naming method, strength and what `apply_policy` refuses.
+    Attributes:
+        settings: of the experiment.
+        title, fingerprint: of the data.
+        metric: its name in the records.
+        larger_is_better: of the metric.
+        strengths: what is tried for each method; none for one that has nothing to tune.
     """
-    for method in settings.methods:
-        for strength in STRENGTHS[method] or (None,):
-            try:
-                model = build_model(settings.recipe, data.train.images, data.classes, seed=0)
-                apply_policy(model, _policy(settings, data, method, strength), example=example_input(data.train.images))
-            except (ValueError, TypeError) as error:
-                raise RunError(f"{method} at strength {strength}: {' '.join(str(error).split())}") from error
+
+    settings: Settings
+    title: str
+    fingerprint: str
+    metric: str
+    larger_is_better: bool
+    strengths: Mapping[str, tuple[float, ...]]
+
+    @abstractmethod
+    def applied(self, job: Job) -> object:
+        """What the method of a job puts on the network, as JSON: it determines the model, with the job."""
+
+    @abstractmethod
+    def train(self, job: Job, device: torch.device, checkpoint: Path, on_epoch: Callable[[], None]) -> Trained:
+        """Trains a model, or on from `checkpoint` if that file exists, which is left there.
+
+        `on_epoch` is called once for every epoch of the recipe, also for those that the checkpoint has behind it.
+        """
 
 
 class Experiment:
-    """Runs one `Settings` on one `ImageData`, in `folder` (the current directory's runs/ and results/).
+    """Runs one `Task`, in `folder` (the current directory's runs/ and results/).
 
     Raises:
         RunError: the same experiment is being run by another process.
     """
 
-    def __init__(self, settings: Settings, data: ImageData, device: torch.device, folder: Path = Path()) -> None:
-        self.settings, self.data, self.device = settings, data, device
+    def __init__(self, task: Task, device: torch.device, folder: Path = Path()) -> None:
+        self.task, self.device = task, device
+        self.settings = settings = task.settings
         shared = {
             "schema": SCHEMA,
             "recipe": dataclasses.asdict(settings.recipe),
-            "data": data.fingerprint,
+            "data": task.fingerprint,
             "final_on_all": settings.final_on_all,
             "policy": settings.policy.to_json(),
             "versions": versions(),
@@ -161,7 +193,7 @@ class Experiment:
         return [
             Job("tune", method, strength, seed)
             for method in self.settings.methods
-            for strength in STRENGTHS[method]
+            for strength in self.task.strengths[method]
             for seed in seeds
         ]
 
@@ -177,49 +209,33 @@ class Experiment:
 
         def train(job: Job) -> float:
             on_model(job)
-            return self.accuracy(job, on_epoch)
+            return self.value(job, on_epoch)
 
         trials = {job: train(job) for job in self.tuning_jobs()}
-        chosen = {method: _best(method, trials) for method in self.settings.methods}
+        chosen = {method: self._best(method, trials) for method in self.settings.methods}
         # Seed by seed, so that what an interrupted run has is paired.
         jobs = [Job("final", m, chosen[m], seed) for seed in range(self.settings.seeds) for m in self.settings.methods]
         finals = {job: train(job) for job in jobs}
         return [
-            Result(m, chosen[m], tuple(a for job, a in finals.items() if job.method == m))
+            Result(m, chosen[m], tuple(v for job, v in finals.items() if job.method == m))
             for m in self.settings.methods
         ]
 
-    def accuracy(self, job: Job, on_epoch: Callable[[], None] = lambda: None) -> float:
-        """The accuracy of one model: recorded, or trained now and then recorded."""
-        policy = _policy(self.settings, self.data, job.method, job.strength)
-        key = _key({**self.shared, "job": dataclasses.asdict(job), "applied": policy.to_json()})
+    def value(self, job: Job, on_epoch: Callable[[], None] = lambda: None) -> float:
+        """The metric of one model: recorded, or trained now and then recorded."""
+        key = _key({**self.shared, "job": dataclasses.asdict(job), "applied": self.task.applied(job)})
         if key in self.records:
             for _ in range(self.settings.recipe.epochs):
                 on_epoch()
         else:
-            data = self.data
-            train = data.train + data.valid if job.phase == "final" and self.settings.final_on_all else data.train
-            evaluation = data.valid if job.phase == "tune" else data.test
             checkpoint = self.runs / f"{key}.pt"
-            outcome = train_model(
-                self.settings.recipe,
-                policy,
-                train,
-                evaluation,
-                data.classes,
-                job.seed,
-                self.device,
-                checkpoint,
-                on_epoch,
-            )
-            self._store(self._record(job, key, outcome.accuracy, outcome.seconds, len(train), len(evaluation)))
+            trained = self.task.train(job, self.device, checkpoint, on_epoch)
+            self._store(self._record(job, key, trained))
             checkpoint.unlink()
-        accuracy: float = self.records[key]["accuracy"]
-        return accuracy
+        value: float = self.records[key][self.task.metric]
+        return value
 
-    def _record(
-        self, job: Job, key: str, accuracy: float, seconds: float, trained_on: int, measured_on: int
-    ) -> dict[str, Any]:
+    def _record(self, job: Job, key: str, trained: Trained) -> dict[str, Any]:
         settings = self.settings
         return {
             "schema": SCHEMA,
@@ -233,17 +249,17 @@ class Experiment:
             "policy_origin": policy_origin(settings.policy) if job.method == "autodropout" else None,
             "strength": job.strength,
             "seed": job.seed,
-            "metric": "accuracy",
+            "metric": self.task.metric,
             "split": "validation" if job.phase == "tune" else "test",
-            "accuracy": accuracy,
+            self.task.metric: trained.value,
+            **trained.figures,
             "arguments": {
                 **dataclasses.asdict(settings.recipe),
-                "train_images": trained_on,
-                "evaluation_images": measured_on,
+                **trained.arguments,
                 "final_on_all": settings.final_on_all,
             },
-            "data": {"title": self.data.title, "fingerprint": self.data.fingerprint},
-            "seconds": round(seconds, 3),
+            "data": {"title": self.task.title, "fingerprint": self.task.fingerprint},
+            "seconds": round(trained.seconds, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": self.shared["versions"],
             "device": self.shared["device"],
@@ -251,6 +267,17 @@ class Experiment:
             "source": self.shared["source"],
             "commit": commit(),
         }
+
+    def _best(self, method: str, trials: dict[Job, float]) -> float | None:
+        """The strength with the best mean on the validation data; the weaker of equals."""
+        strengths = self.task.strengths[method]
+        if not strengths:
+            return None
+        totals = dict.fromkeys(sorted(strengths), 0.0)
+        for job, value in trials.items():
+            if job.method == method and job.strength is not None:
+                totals[job.strength] += value if self.task.larger_is_better else -value
+        return max(totals, key=lambda strength: totals[strength])
 
     def _store(self, record: dict[str, Any]) -> None:
         _write_json(self.runs / f"{record['key']}.json", record)
@@ -290,22 +317,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _policy(settings: Settings, data: ImageData, method: str, strength: float | None) -> Policy:
-    blocks = (settings.recipe.depth - 4) // 2
-    return method_policy(method, strength, blocks, data.block_size, settings.policy)
-
-
-def _best(method: str, trials: dict[Job, float]) -> float | None:
-    """The strength with the best mean validation accuracy; the weaker of equals."""
-    if not STRENGTHS[method]:
-        return None
-    totals = dict.fromkeys(STRENGTHS[method], 0.0)
-    for job, accuracy in trials.items():
-        if job.method == method and job.strength is not None:
-            totals[job.strength] += accuracy
-    return max(sorted(totals), key=lambda strength: totals[strength])
 
 
 def _key(content: object) -> str:

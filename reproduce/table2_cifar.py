@@ -30,7 +30,7 @@ from autodropout.reproduce.experiment import Experiment
 from autodropout.reproduce.experiment import Job
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
-from autodropout.reproduce.experiment import check_policies
+from autodropout.reproduce.image_task import ImageTask
 from autodropout.reproduce.methods import METHODS
 from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.methods import open_policy
@@ -115,8 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         data = _data(args, preset)
         settings = _settings(args, preset, data)
-        check_policies(settings, data)
-        experiment = Experiment(settings, data, device)
+        task = ImageTask(settings, data)
+        task.check_policies()
+        experiment = Experiment(task, device)
     except (ValueError, OSError) as error:
         print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -248,7 +249,7 @@ def _report(settings: Settings, data: ImageData, results: Sequence[Result]) -> t
         Row(
             method_label(result.method, settings.policy_name, policy_origin(settings.policy)),
             result.strength,
-            tuple(100 * accuracy for accuracy in result.accuracies),
+            tuple(100 * accuracy for accuracy in result.values),
             PAPER.get(recipe.augment) if known and result.method == "autodropout" else None,
         )
         for result in results

@@ -15,6 +15,7 @@ from autodropout import Policy
 from autodropout import TiledPattern
 from autodropout import load_policy
 from autodropout.reproduce import experiment
+from autodropout.reproduce import image_task
 from autodropout.reproduce.data import ImageData
 from autodropout.reproduce.data import Split
 from autodropout.reproduce.data import open_data
@@ -23,8 +24,8 @@ from autodropout.reproduce.experiment import Job
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import RunError
 from autodropout.reproduce.experiment import Settings
-from autodropout.reproduce.experiment import check_policies
 from autodropout.reproduce.experiment import source_fingerprint
+from autodropout.reproduce.image_task import ImageTask
 from autodropout.reproduce.methods import STRENGTHS
 from autodropout.reproduce.training import Outcome
 from autodropout.reproduce.training import Recipe
@@ -98,12 +99,12 @@ def by_rate(policy: Policy, seed: int, measured_on: int) -> float:
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     stand_in = Trainer(by_rate)
-    monkeypatch.setattr(experiment, "train_model", stand_in)
+    monkeypatch.setattr(image_task, "train_model", stand_in)
     return stand_in
 
 
 def run(settings: Settings, data: ImageData, folder: Path) -> list[Result]:
-    with Experiment(settings, data, CPU, folder) as opened:
+    with Experiment(ImageTask(settings, data), CPU, folder) as opened:
         return opened.run(lambda _: None, lambda: None)
 
 
@@ -117,8 +118,8 @@ def lines(folder: Path) -> list[dict[str, object]]:
 def test_strength_is_chosen_on_validation_images_only(data: ImageData, trainer: Trainer, tmp_path: Path) -> None:
     results = run(SETTINGS, data, tmp_path)
     assert [(r.method, r.strength) for r in results] == [("none", None), ("dropout", 0.1), ("spatialdropout", 0.1)]
-    assert results[0].accuracies == pytest.approx((0.7, 0.701))
-    assert results[1].accuracies == pytest.approx((0.8, 0.801))
+    assert results[0].values == pytest.approx((0.7, 0.701))
+    assert results[1].values == pytest.approx((0.8, 0.801))
     tuning, finals = trainer.calls[:12], trainer.calls[12:]
     assert {(len_train, len_eval) for _, _, len_train, len_eval in tuning} == {(20, 30)}
     assert {(len_train, len_eval) for _, _, len_train, len_eval in finals} == {(20, 797)}
@@ -128,7 +129,7 @@ def test_strength_is_chosen_on_validation_images_only(data: ImageData, trainer: 
 
 def test_every_method_gets_the_same_number_of_trials(data: ImageData, tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, methods=tuple(STRENGTHS))
-    with Experiment(settings, data, CPU, tmp_path) as opened:
+    with Experiment(ImageTask(settings, data), CPU, tmp_path) as opened:
         jobs = opened.tuning_jobs()
         assert opened.model_count() == len(jobs) + 6 * 2
     counts = {method: sum(job.method == method for job in jobs) for method in STRENGTHS}
@@ -137,7 +138,7 @@ def test_every_method_gets_the_same_number_of_trials(data: ImageData, tmp_path: 
 
 
 def test_weaker_of_equal_strengths(data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "train_model", Trainer(lambda *_: 0.5))
+    monkeypatch.setattr(image_task, "train_model", Trainer(lambda *_: 0.5))
     assert [result.strength for result in run(SETTINGS, data, tmp_path)] == [None, 0.05, 0.05]
 
 
@@ -184,7 +185,7 @@ def test_same_command_again_trains_nothing(data: ImageData, trainer: Trainer, tm
     trained = len(trainer.calls)
     told: list[Job] = []
     epochs: list[None] = []
-    with Experiment(SETTINGS, data, CPU, tmp_path) as again:
+    with Experiment(ImageTask(SETTINGS, data), CPU, tmp_path) as again:
         assert again.run(told.append, lambda: epochs.append(None)) == first
     assert len(trainer.calls) == trained
     assert lines(tmp_path) == before
@@ -218,7 +219,7 @@ def test_no_line_is_lost_or_doubled_by_a_kill(
                 file.write(content[:20] if moment == "inside the line" else content)
         raise Killed
 
-    opened = Experiment(SETTINGS, data, CPU, tmp_path)
+    opened = Experiment(ImageTask(SETTINGS, data), CPU, tmp_path)
     with monkeypatch.context() as patch:
         if moment == "before the next":
             patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(Killed))
@@ -302,18 +303,21 @@ def test_fingerprint_covers_kernels_and_recipes() -> None:
 
 
 def test_second_process_is_refused(data: ImageData, tmp_path: Path) -> None:
-    with Experiment(SETTINGS, data, CPU, tmp_path), pytest.raises(RunError, match="another process is running"):
-        Experiment(SETTINGS, data, CPU, tmp_path)
-    with Experiment(SETTINGS, data, CPU, tmp_path):
+    with (
+        Experiment(ImageTask(SETTINGS, data), CPU, tmp_path),
+        pytest.raises(RunError, match="another process is running"),
+    ):
+        Experiment(ImageTask(SETTINGS, data), CPU, tmp_path)
+    with Experiment(ImageTask(SETTINGS, data), CPU, tmp_path):
         pass
 
 
 def test_policies_are_checked_before_any_training(data: ImageData, trainer: Trainer) -> None:
-    check_policies(dataclasses.replace(SETTINGS, methods=tuple(STRENGTHS)), data)
+    ImageTask(dataclasses.replace(SETTINGS, methods=tuple(STRENGTHS)), data).check_policies()
     # Size 1.9 covers the whole map wherever the tile is placed, at the strengths 1 and 1.5 only.
     everything = dataclasses.replace(SETTINGS, policy=Policy.uniform(TiledPattern(1.9)), methods=("autodropout",))
     with pytest.raises(RunError, match=r"autodropout at strength 1\.0: .*expected rate of at most 0\.95"):
-        check_policies(everything, data)
+        ImageTask(everything, data).check_policies()
     assert trainer.calls == []
 
 
@@ -323,5 +327,5 @@ def test_real_training_end_to_end(data: ImageData, tmp_path: Path) -> None:
     )
     first, again = (run(settings, data, tmp_path / folder) for folder in "ab")
     assert first == again
-    assert all(0 <= accuracy <= 1 for result in first for accuracy in result.accuracies)
+    assert all(0 <= accuracy <= 1 for result in first for accuracy in result.values)
     assert [result.method for result in first] == list(settings.methods)

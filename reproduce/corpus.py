@@ -1,0 +1,109 @@
+"""Word-level corpora for language models: Penn Treebank and WikiText-2 from a folder, and one that every CPython has.
+
+The words of the training text are the vocabulary, by falling frequency; a word that only occurs elsewhere is `<unk>`.
+Each line ends with `<eos>`, as in the published counts of tokens.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PYDOC = "pydoc"
+SPLITS = ("train", "valid", "test")
+UNKNOWN, END = "<unk>", "<eos>"
+# Of the words of `pydoc`, those that occur less often in the training text are unknown.
+PYDOC_COUNT = 3
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text in three parts.
+
+    Args:
+        title: what it is.
+        words: the vocabulary, the most frequent word first; a token is an index into it.
+        train, valid, test: (tokens,) int64.
+        fingerprint: SHA-256 (hex) of the three texts.
+    """
+
+    title: str
+    words: tuple[str, ...]
+    train: torch.Tensor
+    valid: torch.Tensor
+    test: torch.Tensor
+    fingerprint: str
+
+    @property
+    def start(self) -> int:
+        """The token that stands before the first one of a text: `<eos>`."""
+        return self.words.index(END)
+
+
+def open_corpus(source: str) -> Corpus:
+    """The corpus `"pydoc"`, or that of a folder with `train.txt`, `valid.txt` and `test.txt`, gzipped or not.
+
+    Raises:
+        ValueError: neither, a file is missing, or a text has no words.
+        OSError: a file cannot be read.
+    """
+    return pydoc_corpus() if source == PYDOC else folder_corpus(Path(source))
+
+
+def folder_corpus(folder: Path) -> Corpus:
+    """A sentence, or a paragraph, a line; words are separated by blanks."""
+    if not folder.is_dir():
+        raise ValueError(f"data must be {PYDOC!r} or a folder with train.txt, valid.txt and test.txt, got {folder}")
+    texts = [_text(folder, split) for split in SPLITS]
+    lines = [[line.split() for line in text.splitlines()] for text in texts]
+    return _corpus(folder.name, lines, texts, least=1)
+
+
+def pydoc_corpus() -> Corpus:
+    """The Python language reference of the running Python, as `pydoc_data.topics` has it, a paragraph a line.
+
+    Of each topic, in alphabetical order, the first 80% of the paragraphs are for training, the last 10% are the test.
+    The text differs between versions of Python, and so does the fingerprint.
+    """
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    parts: list[list[list[str]]] = [[], [], []]
+    for name in sorted(topics):
+        paragraphs = [re.findall(r"\w+|[^\w\s]", paragraph.lower()) for paragraph in topics[name].split("\n\n")]
+        paragraphs = [words for words in paragraphs if words]
+        first, second = len(paragraphs) * 8 // 10, len(paragraphs) * 9 // 10
+        for part, lines in zip(parts, (paragraphs[:first], paragraphs[first:second], paragraphs[second:]), strict=True):
+            part += lines
+    texts = ["\n".join(" ".join(words) for words in part) for part in parts]
+    return _corpus("Python language reference", parts, texts, PYDOC_COUNT)
+
+
+def _text(folder: Path, split: str) -> str:
+    plain, packed = folder / f"{split}.txt", folder / f"{split}.txt.gz"
+    if plain.exists():
+        return plain.read_text(encoding="utf-8")
+    if packed.exists():
+        return gzip.decompress(packed.read_bytes()).decode("utf-8")
+    raise ValueError(f"data must have {split}.txt or {split}.txt.gz, got the folder {folder} without either")
+
+
+def _corpus(title: str, parts: Sequence[list[list[str]]], texts: Sequence[str], least: int) -> Corpus:
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    counts = Counter(word for line in parts[0] for word in (*line, END))
+    frequent = {word: count for word, count in counts.items() if count >= least or word in (UNKNOWN, END)}
+    frequent[UNKNOWN] = frequent.get(UNKNOWN, 0) + sum(counts.values()) - sum(frequent.values())
+    words = tuple(sorted(frequent, key=lambda word: (-frequent[word], word)))
+    index = {word: number for number, word in enumerate(words)}
+    tokens = [[index.get(word, index[UNKNOWN]) for line in part for word in (*line, END)] for part in parts]
+    for split, part in zip(SPLITS, tokens, strict=True):
+        if len(part) < 2:
+            raise ValueError(f"{split} must have at least 2 tokens, got {len(part)} in {title}")
+    train, valid, test = (torch.tensor(part) for part in tokens)
+    return Corpus(title, words, train, valid, test, digest)
