@@ -99,11 +99,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class Result:
-    """Final values of one method at its tuned strength, by seed 0, 1, ..."""
+    """Final values of one method at its tuned strength, by seed 0, 1, ...; `records`: what else is known of each."""
 
     method: str
     strength: float | None
     values: tuple[float, ...]
+    records: tuple[dict[str, Any], ...] = field(default=(), compare=False)  # with times
 
 
 class Task(ABC):
@@ -207,22 +208,25 @@ class Experiment:
         `on_model` is called before each model, `on_epoch` once per epoch, both also for those already done.
         """
 
-        def train(job: Job) -> float:
+        def train(job: Job) -> dict[str, Any]:
             on_model(job)
-            return self.value(job, on_epoch)
+            return self.record(job, on_epoch)
 
-        trials = {job: train(job) for job in self.tuning_jobs()}
+        metric = self.task.metric
+        trials = {job: train(job)[metric] for job in self.tuning_jobs()}
         chosen = {method: self._best(method, trials) for method in self.settings.methods}
         # Seed by seed, so that what an interrupted run has is paired.
         jobs = [Job("final", m, chosen[m], seed) for seed in range(self.settings.seeds) for m in self.settings.methods]
         finals = {job: train(job) for job in jobs}
-        return [
-            Result(m, chosen[m], tuple(v for job, v in finals.items() if job.method == m))
-            for m in self.settings.methods
-        ]
+        results = []
+        for method in self.settings.methods:
+            records = tuple(record for job, record in finals.items() if job.method == method)
+            values = tuple(record[metric] for record in records)
+            results.append(Result(method, chosen[method], values, records))
+        return results
 
-    def value(self, job: Job, on_epoch: Callable[[], None] = lambda: None) -> float:
-        """The metric of one model: recorded, or trained now and then recorded."""
+    def record(self, job: Job, on_epoch: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """The record of one model: kept, or made by training it now."""
         key = _key({**self.shared, "job": dataclasses.asdict(job), "applied": self.task.applied(job)})
         if key in self.records:
             for _ in range(self.settings.recipe.epochs):
@@ -232,8 +236,7 @@ class Experiment:
             trained = self.task.train(job, self.device, checkpoint, on_epoch)
             self._store(self._record(job, key, trained))
             checkpoint.unlink()
-        value: float = self.records[key][self.task.metric]
-        return value
+        return self.records[key]
 
     def _record(self, job: Job, key: str, trained: Trained) -> dict[str, Any]:
         settings = self.settings

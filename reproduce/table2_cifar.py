@@ -17,17 +17,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 
+from autodropout.reproduce.command import Parser
+from autodropout.reproduce.command import run_with_progress
 from autodropout.reproduce.data import DIGITS
 from autodropout.reproduce.data import HUB
 from autodropout.reproduce.data import ImageData
 from autodropout.reproduce.data import open_data
 from autodropout.reproduce.experiment import Experiment
-from autodropout.reproduce.experiment import Job
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
 from autodropout.reproduce.image_task import ImageTask
@@ -98,13 +97,6 @@ PRESETS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{NAME}: error: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
@@ -123,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with experiment:
         try:
-            results = _run(experiment)
+            results = run_with_progress(experiment)
         except KeyboardInterrupt:
             print(f"\n{NAME}: interrupted; the same command goes on from {experiment.runs}", file=sys.stderr)
             return 130
@@ -218,22 +210,6 @@ def _settings(args: argparse.Namespace, preset: Preset, data: ImageData) -> Sett
         policy_name=policy_name,
         policy=policy,
     )
-
-
-def _run(experiment: Experiment) -> list[Result]:
-    """All trainings, under one progress bar that counts epochs."""
-    total = experiment.model_count() * experiment.settings.recipe.epochs
-    with tqdm(total=total, unit="epoch", smoothing=0.05) as bar:
-
-        def name(job: Job) -> None:
-            strength = "" if job.strength is None else f" {job.strength:g}"
-            bar.set_description(f"{job.phase} {job.method}{strength} seed {job.seed}")
-
-        def advance() -> None:
-            bar.update()
-
-        results: list[Result] = experiment.run(name, advance)
-        return results
 
 
 def _report(settings: Settings, data: ImageData, results: Sequence[Result]) -> tuple[list[str], list[Row], list[str]]:

@@ -22,7 +22,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import as_completed
@@ -31,7 +30,6 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from typing import NoReturn
 
 from scipy import stats
 from tqdm import tqdm
@@ -39,6 +37,9 @@ from tqdm import tqdm
 from autodropout.provenance import commit
 from autodropout.reproduce.benchmark_task import BenchmarkTask
 from autodropout.reproduce.benchmark_task import play
+from autodropout.reproduce.command import Parser
+from autodropout.reproduce.command import count
+from autodropout.reproduce.command import some_of
 from autodropout.reproduce.experiment import source_fingerprint
 from autodropout.reproduce.experiment import versions
 from autodropout.reproduce.planted import TASKS
@@ -88,13 +89,6 @@ class Job:
     workers: int
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{NAME}: error: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
@@ -128,20 +122,6 @@ def _parser() -> Parser:
         epilog=f"presets and their cost, on all tasks:\n{costs}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-        def names(text: str) -> tuple[str, ...]:
-            for name in text.split(","):
-                if name not in allowed:
-                    raise argparse.ArgumentTypeError(f"must be some of {', '.join(allowed)}, got {name!r}")
-            return tuple(dict.fromkeys(text.split(",")))
-
-        return names
-
-    def count(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-        return int(text)
 
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="size of the experiment (default: demo)")
     parser.add_argument(

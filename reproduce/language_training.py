@@ -1,0 +1,191 @@
+"""Trains one Transformer-XL: the loop, its checkpoint after every epoch, and the exact continuation from it.
+
+Every random number of an epoch derives from (seed, epoch), and the memory begins empty, so a training that was killed
+and continued ends in the same weights bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodropout import Policy
+from autodropout import apply_policy
+
+from .augment import derive
+from .models.transformer_xl import Size
+from .models.transformer_xl import TransformerXL
+from .training import write_atomically
+
+CLIP = 0.25  # norm of the gradient, as in the authors' code
+
+
+@dataclass(frozen=True)
+class LanguageRecipe:
+    """What determines a training besides corpus, policy and seed.
+
+    Adam, learning rate up to `learning_rate` along a line over `warmup` steps and then to 0 along a cosine; gradients
+    clipped to a norm of 0.25. In evaluation the memory has `evaluation_memory` words, in training `memory`.
+    """
+
+    size: Size
+    epochs: int
+    batch_size: int
+    segment: int
+    memory: int
+    evaluation_memory: int
+    learning_rate: float
+    warmup: int
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Dropout on words and on the last layer's output, which are no places of a policy."""
+
+    rate: float = 0.0
+    variational: bool = False
+
+
+def build_language_model(recipe: LanguageRecipe, vocabulary: int, outside: Outside, seed: int) -> TransformerXL:
+    """The network of the recipe, its weights a function of `seed` alone."""
+    torch.manual_seed(derive(seed, "weights"))
+    return TransformerXL(vocabulary, recipe.size, outside.rate, outside.variational)
+
+
+def put_policy(model: TransformerXL, policy: Policy, recipe: LanguageRecipe) -> None:
+    """Puts a policy on a model that has none; its rates are checked on a segment with its memory."""
+    words = torch.zeros(1, recipe.segment, dtype=torch.long)
+    memories = torch.zeros(recipe.size.layers, 1, recipe.memory, recipe.size.width)
+    if any(site.pattern is not None for site in policy.sites):
+        apply_policy(model, policy, example=(words, words, memories))
+
+
+def train_language_model(
+    recipe: LanguageRecipe,
+    policy: Policy,
+    outside: Outside,
+    train: Tensor,
+    start: int,
+    vocabulary: int,
+    seed: int,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[], None] = lambda: None,
+    on_model: Callable[[int, TransformerXL], None] = lambda epoch, model: None,
+) -> tuple[TransformerXL, float]:
+    """Trains from scratch, or on from `checkpoint` if that file exists.
+
+    Args:
+        recipe, policy, outside, seed: what is trained.
+        train: (tokens,) int64.
+        start: the token before the first one.
+        vocabulary: how many words.
+        device: where.
+        checkpoint: written after every epoch and left where it is.
+        on_epoch: called once for every epoch of the recipe, also for those the checkpoint has already behind it.
+        on_model: called with (epochs, model) after every epoch but the last; what it raises ends the training.
+
+    Returns:
+        The model, and the seconds of training in all sittings.
+
+    Raises:
+        ValueError: the text is too short for the batch.
+    """
+    model = build_language_model(recipe, vocabulary, outside, seed)
+    put_policy(model, policy, recipe)
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
+    text = streams(train, start, recipe.batch_size).to(device)
+    steps = -(-(text.shape[1] - 1) // recipe.segment)
+    state: dict[str, Any] = {"epoch": 0, "seconds": 0.0}
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    seconds: float = state["seconds"]
+    for epoch in range(recipe.epochs):
+        on_epoch()
+        if epoch < state["epoch"]:
+            continue
+        begin = time.perf_counter()
+        torch.manual_seed(derive(seed, epoch, "masks"))
+        model.train()
+        memories = None
+        for step, (words, targets) in enumerate(segments(text, recipe.segment)):
+            optimizer.param_groups[0]["lr"] = learning_rate(recipe, epoch * steps + step, recipe.epochs * steps)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                losses, memories = model(words, targets, memories)
+            losses.mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            memories = latest(memories, recipe.memory)
+        seconds += time.perf_counter() - begin
+        if checkpoint is not None:
+            contents = {
+                "epoch": epoch + 1,
+                "seconds": seconds,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
+        if epoch + 1 < recipe.epochs:
+            on_model(epoch + 1, model)
+    return model, seconds
+
+
+def learning_rate(recipe: LanguageRecipe, step: int, steps: int) -> float:
+    """Of a step, from 0, among so many."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def streams(tokens: Tensor, start: int, count: int) -> Tensor:
+    """(count, L + 1): the text cut into equal parts, each after the token before it; what is left over is not used.
+
+    Raises:
+        ValueError: fewer tokens than parts.
+    """
+    length = len(tokens) // count
+    if length < 1:
+        raise ValueError(f"batch_size must be at most {len(tokens)}, the tokens of the text, got {count}")
+    text = torch.cat((torch.tensor([start], dtype=tokens.dtype), tokens))
+    return torch.stack([text[part * length : (part + 1) * length + 1] for part in range(count)])
+
+
+def segments(text: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Words and the words after them, (N, at most `length`) each, along the streams (N, L + 1)."""
+    for begin in range(0, text.shape[1] - 1, length):
+        end = min(begin + length, text.shape[1] - 1)
+        yield text[:, begin:end], text[:, begin + 1 : end + 1]
+
+
+def latest(memories: Tensor, length: int) -> Tensor:
+    """The last `length` words of the memories (layers, N, M, C)."""
+    return memories[:, :, max(0, memories.shape[2] - length) :]
+
+
+@torch.inference_mode()
+def perplexity(model: TransformerXL, recipe: LanguageRecipe, tokens: Tensor, start: int) -> float:
+    """exp of the mean negative log-likelihood over all tokens, in evaluation mode and full precision.
+
+    The text is one stream; each token is predicted once, from all before it or at least `evaluation_memory` of them.
+    """
+    training = model.training
+    model.eval()
+    total, memories = 0.0, None
+    for words, targets in segments(streams(tokens, start, 1).to(model.embedding.weight.device), recipe.segment):
+        losses, memories = model(words, targets, memories)
+        total += float(losses.double().sum())
+        memories = latest(memories, recipe.evaluation_memory)
+    model.train(training)
+    return math.exp(total / len(tokens))
