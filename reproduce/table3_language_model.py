@@ -1,0 +1,278 @@
+"""Transformer-XL language models: AutoDropout against dropout and variational dropout, all at the same budget.
+
+    python reproduce/table3_language_model.py                              # demo: minutes, offline, no arguments needed
+    python reproduce/table3_language_model.py --preset small --data DIR    # DIR has train.txt, valid.txt and test.txt
+    python reproduce/table3_language_model.py --preset paper --data DIR    # or gzipped: train.txt.gz, ...
+
+Every method's strength is chosen on the validation text, with the same number of trials; the test text is used once, by
+the final models. Perplexity by word, over the whole text as one stream with a memory. An interrupted run continues with
+the same command. The tables go to stdout, one JSON line per trained model and the plot to results/, the state of the
+run to runs/, both in the current directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autodropout.reproduce.command import Parser
+from autodropout.reproduce.command import count
+from autodropout.reproduce.command import run_with_progress
+from autodropout.reproduce.command import some_of
+from autodropout.reproduce.corpus import PYDOC
+from autodropout.reproduce.corpus import open_corpus
+from autodropout.reproduce.experiment import Experiment
+from autodropout.reproduce.experiment import Result
+from autodropout.reproduce.experiment import Settings
+from autodropout.reproduce.language_task import METHODS
+from autodropout.reproduce.language_task import LanguageTask
+from autodropout.reproduce.language_training import LanguageRecipe
+from autodropout.reproduce.methods import open_policy
+from autodropout.reproduce.methods import policy_origin
+from autodropout.reproduce.models.transformer_xl import PENN_TREEBANK
+from autodropout.reproduce.models.transformer_xl import Size
+from autodropout.reproduce.models.transformer_xl import TransformerXL
+from autodropout.reproduce.report import Row
+from autodropout.reproduce.report import plot
+from autodropout.reproduce.report import table
+
+NAME = "table3_language_model"
+DATA_VARIABLE = "AUTODROPOUT_DATA"
+POLICY = "hand-lm-v0"
+# AutoDropout with Transformer-XL on Penn Treebank as a leaderboard quotes it. No other number is known.
+PAPER = {"valid_perplexity": "58.1", "perplexity": "54.9"}
+PENN_TREEBANK_TEXT = "3ed3b5c1e5b5"  # fingerprint of Mikolov's version
+LABELS = {"none": "none", "dropout": "Dropout", "variational": "Variational dropout"}
+SPLITS = {"valid_perplexity": "validation", "perplexity": "test"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    recipe: LanguageRecipe
+    seeds: int
+    tuning_seeds: int
+    threads: int | None
+    cost: str
+
+
+PRESETS = {
+    "demo": Preset(
+        LanguageRecipe(
+            Size(layers=2, width=64, heads=4, inner=128),
+            epochs=12,
+            batch_size=20,
+            segment=32,
+            memory=32,
+            evaluation_memory=64,
+            learning_rate=2e-3,
+            warmup=100,
+        ),
+        seeds=2,
+        tuning_seeds=1,
+        threads=1,
+        cost="17 models, offline; not measured",
+    ),
+    "small": Preset(
+        LanguageRecipe(
+            Size(layers=4, width=200, heads=4, inner=400),
+            epochs=12,
+            batch_size=20,
+            segment=35,
+            memory=70,
+            evaluation_memory=210,
+            learning_rate=1e-3,
+            warmup=1000,
+        ),
+        seeds=2,
+        tuning_seeds=1,
+        threads=None,
+        cost="17 models; not measured",
+    ),
+    # Segment, memories and learning rate are ours: the paper does not say them.
+    "paper": Preset(
+        LanguageRecipe(
+            PENN_TREEBANK,
+            epochs=200,
+            batch_size=60,
+            segment=70,
+            memory=70,
+            evaluation_memory=640,
+            learning_rate=5e-4,
+            warmup=2000,
+        ),
+        seeds=5,
+        tuning_seeds=1,
+        threads=None,
+        cost="29 models of 24 million parameters and 200 epochs: GPU days; not measured",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv`; returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    preset = PRESETS[args.preset]
+    if preset.threads is not None:
+        torch.set_num_threads(preset.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        task = _task(args, preset)
+        task.check_policies()
+        if args.dry_run:
+            print(_described(task, device))
+            return 0
+        experiment = Experiment(task, device)
+    except (ValueError, OSError) as error:
+        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    with experiment:
+        try:
+            results = run_with_progress(experiment)
+        except KeyboardInterrupt:
+            print(f"\n{NAME}: interrupted; the same command goes on from {experiment.runs}", file=sys.stderr)
+            return 130
+        notes = _notes(task)
+        for metric, split in SPLITS.items():
+            print(table(_title(task, split), _rows(task, results, metric), notes if metric == task.metric else []))
+        rows = _rows(task, results, task.metric)
+        picture = experiment.results.with_suffix(".png")
+        axis = f"test perplexity; a dot per seed, mean and 95% interval; dashed: {rows[0].label}"
+        plot(picture, _title(task, SPLITS[task.metric]), rows, axis)
+        print(f"one line per trained model: {experiment.results}\nplot: {picture}", file=sys.stderr)
+    return 0
+
+
+def _parser() -> Parser:
+    costs = "\n".join(f"  {name:<6} {preset.cost}" for name, preset in PRESETS.items())
+    parser = Parser(
+        prog=f"{NAME}.py",
+        description=__doc__,
+        epilog=f"presets and their cost:\n{costs}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="size of the experiment (default: demo)")
+    parser.add_argument(
+        "--methods",
+        type=some_of(METHODS),
+        metavar="A,B,...",
+        default=METHODS,
+        help=f"from: {', '.join(METHODS)} (default: all)",
+    )
+    parser.add_argument("--seeds", type=count, metavar="N", help="final models per method, with seeds 0 to N-1")
+    parser.add_argument("--epochs", type=count, metavar="N", help="epochs of every training")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help=f"folder with train.txt, valid.txt and test.txt, or gzipped (default: ptb in ${DATA_VARIABLE}; demo: "
+        f"{PYDOC}); '{PYDOC}' is the language reference that comes with Python",
+    )
+    parser.add_argument(
+        "--policy",
+        metavar="POLICY",
+        default=POLICY,
+        help="name or file of the policy whose rates autodropout scales (default: %(default)s)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+    return parser
+
+
+def _task(args: argparse.Namespace, preset: Preset) -> LanguageTask:
+    source = args.data
+    if source is None and args.preset == "demo":
+        source = PYDOC
+    if source is None and os.environ.get(DATA_VARIABLE):
+        source = os.path.join(os.environ[DATA_VARIABLE], "ptb")
+    if source is None:
+        raise ValueError(
+            f"preset {args.preset} needs a text: give --data DIR with train.txt, valid.txt and test.txt (or the same "
+            f"gzipped), for example of the Penn Treebank, or set {DATA_VARIABLE}=DIR above ptb/ with them"
+        )
+    policy_name, policy = open_policy(args.policy)
+    settings = Settings(
+        name=NAME,
+        preset=args.preset,
+        recipe=dataclasses.replace(preset.recipe, epochs=args.epochs or preset.recipe.epochs),
+        methods=args.methods,
+        seeds=args.seeds or preset.seeds,
+        tuning_seeds=preset.tuning_seeds,
+        final_on_all=False,
+        policy_name=policy_name,
+        policy=policy,
+    )
+    return LanguageTask(settings, open_corpus(source))
+
+
+def _title(task: LanguageTask, split: str) -> list[str]:
+    size, corpus = task.settings.recipe.size, task.corpus
+    tokens = f"{len(corpus.train):,} training, {len(corpus.valid):,} validation, {len(corpus.test):,} test words"
+    return [
+        f"Table 3 (the numbering is ours): {split} perplexity, Transformer-XL of {size.layers} layers of width "
+        f"{size.width}, {_parameters(task):,} parameters, {task.settings.recipe.epochs} epochs",
+        f"Data: {_name(task)}, fingerprint {corpus.fingerprint[:12]}; {tokens}, {len(corpus.words):,} different ones",
+    ]
+
+
+def _rows(task: LanguageTask, results: Sequence[Result], metric: str) -> list[Row]:
+    settings = task.settings
+    known = _of_penn_treebank(task) and settings.recipe.size == PENN_TREEBANK
+    learned = f"AutoDropout ({settings.policy_name}, {policy_origin(settings.policy)})"
+    return [
+        Row(
+            LABELS.get(result.method, learned),
+            result.strength,
+            tuple(record[metric] for record in result.records),
+            PAPER[metric] if known and result.method == "autodropout" else None,
+        )
+        for result in results
+    ]
+
+
+def _notes(task: LanguageTask) -> list[str]:
+    settings = task.settings
+    trials = f"{settings.tuning_seeds} seed{'s' if settings.tuning_seeds > 1 else ''}"
+    return [
+        f"tuned: the best of three strengths on the validation text, {trials} each (AutoDropout: a factor on the rates "
+        f"of its policy's patterns). Final models: seeds 0 to {settings.seeds - 1}. Interval: Student's t over seeds. "
+        f"Each word is predicted once, from at least {settings.recipe.evaluation_memory} before it or all of them. "
+        "paper: Pham & Le 2021, Transformer-XL of 24 million parameters on Penn Treebank.",
+    ]
+
+
+def _described(task: LanguageTask, device: torch.device) -> str:
+    recipe, settings = task.settings.recipe, task.settings
+    steps = -(-(len(task.corpus.train) // recipe.batch_size) // recipe.segment)
+    models = settings.tuning_seeds * sum(len(task.strengths[m]) for m in settings.methods)
+    return "\n".join(
+        [
+            *_title(task, "test"),
+            f"Methods: {', '.join(settings.methods)}; {models} models to tune, "
+            f"{settings.seeds * len(settings.methods)} final ones, on {device.type}",
+            f"Steps: {steps:,} an epoch, {steps * recipe.epochs:,} a model; {recipe.batch_size} streams, segments of "
+            f"{recipe.segment} words, memory of {recipe.memory} ({recipe.evaluation_memory} in evaluation)",
+            f"Adam, learning rate {recipe.learning_rate:g} after {recipe.warmup:,} steps, then to 0 along a cosine",
+        ]
+    )
+
+
+def _parameters(task: LanguageTask) -> int:
+    with torch.device("meta"):
+        model = TransformerXL(len(task.corpus.words), task.settings.recipe.size)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _of_penn_treebank(task: LanguageTask) -> bool:
+    return task.corpus.fingerprint.startswith(PENN_TREEBANK_TEXT)
+
+
+def _name(task: LanguageTask) -> str:
+    return "Penn Treebank" if _of_penn_treebank(task) else task.corpus.title
+
+
+if __name__ == "__main__":
+    sys.exit(main())
