@@ -21,7 +21,7 @@ PYDOC = "pydoc"
 SPLITS = ("train", "valid", "test")
 UNKNOWN, END = "<unk>", "<eos>"
 # Of the words of `pydoc`, those that occur less often in the training text are unknown.
-PYDOC_COUNT = 3
+PYDOC_COUNT = 2
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,19 @@ def folder_corpus(folder: Path) -> Corpus:
 def pydoc_corpus() -> Corpus:
     """The Python language reference of the running Python, as `pydoc_data.topics` has it, a paragraph a line.
 
-    Of each topic, in alphabetical order, the first 80% of the paragraphs are for training, the last 10% are the test.
-    The text differs between versions of Python, and so does the fingerprint.
+    Of each topic, in alphabetical order, the first 15% of the paragraphs are for training, so little that there is
+    something to regularise, and the last tenths are validation and test. The text differs between versions of Python,
+    and so does the fingerprint.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     parts: list[list[list[str]]] = [[], [], []]
     for name in sorted(topics):
         paragraphs = [re.findall(r"\w+|[^\w\s]", paragraph.lower()) for paragraph in topics[name].split("\n\n")]
         paragraphs = [words for words in paragraphs if words]
-        first, second = len(paragraphs) * 8 // 10, len(paragraphs) * 9 // 10
-        for part, lines in zip(parts, (paragraphs[:first], paragraphs[first:second], paragraphs[second:]), strict=True):
-            part += lines
+        count = len(paragraphs)
+        train, valid, test = -(-count * 15 // 100), count * 8 // 10, count * 9 // 10
+        for part, chosen in zip(parts, (slice(train), slice(valid, test), slice(test, None)), strict=True):
+            part += paragraphs[chosen]
     texts = ["\n".join(" ".join(words) for words in part) for part in parts]
     return _corpus("Python language reference", parts, texts, PYDOC_COUNT)
 

@@ -65,13 +65,13 @@ PRESETS = {
     "demo": Preset(
         LanguageRecipe(
             Size(layers=2, width=64, heads=4, inner=128),
-            epochs=12,
+            epochs=16,
             batch_size=20,
             segment=32,
             memory=32,
             evaluation_memory=64,
             learning_rate=2e-3,
-            warmup=100,
+            warmup=50,
         ),
         seeds=2,
         tuning_seeds=1,
