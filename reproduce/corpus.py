@@ -64,7 +64,7 @@ def folder_corpus(folder: Path) -> Corpus:
         raise ValueError(f"data must be {PYDOC!r} or a folder with train.txt, valid.txt and test.txt, got {folder}")
     texts = [_text(folder, split) for split in SPLITS]
     lines = [[line.split() for line in text.splitlines()] for text in texts]
-    return _corpus(folder.name, lines, texts, least=1)
+    return _corpus(folder.resolve().name, lines, texts, least=1)
 
 
 def pydoc_corpus() -> Corpus:

@@ -70,7 +70,7 @@ PRESETS = {
             segment=32,
             memory=32,
             evaluation_memory=64,
-            learning_rate=2e-3,
+            learning_rate=4e-3,
             warmup=50,
         ),
         seeds=2,

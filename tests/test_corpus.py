@@ -1,0 +1,90 @@
+"""Corpora: vocabulary, unknown words, ends of lines and splits, counted by hand."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from autodropout.reproduce.corpus import open_corpus
+
+DATA = os.environ.get("AUTODROPOUT_DATA")
+TEXTS = {"train": "b a b\nb\n", "valid": "a c\n", "test": " b \n\na\n"}
+
+
+def a_folder(path: Path, packed: bool = False) -> Path:
+    for split, text in TEXTS.items():
+        if packed:
+            (path / f"{split}.txt.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (path / f"{split}.txt").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_of_a_folder(tmp_path: Path, packed: bool) -> None:
+    corpus = open_corpus(str(a_folder(tmp_path, packed)))
+    # b thrice, <eos> twice, a once, <unk> never; equal counts in alphabetical order.
+    assert corpus.words == ("b", "<eos>", "a", "<unk>")
+    assert corpus.train.tolist() == [0, 2, 0, 1, 0, 1]
+    assert corpus.valid.tolist() == [2, 3, 1]
+    assert corpus.test.tolist() == [0, 1, 1, 2, 1]  # an empty line is a line
+    assert corpus.start == 1
+    assert corpus.title == tmp_path.name
+
+
+def test_the_fingerprint_is_that_of_the_texts(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = open_corpus(str(a_folder(tmp_path / "a"))).fingerprint
+    other = a_folder(tmp_path / "b", packed=True)
+    assert open_corpus(str(other)).fingerprint == first
+    (other / "test.txt").write_text("a\n")  # which is taken before the gzipped one
+    assert open_corpus(str(other)).fingerprint != first
+
+
+def test_the_language_reference_of_python() -> None:
+    corpus = open_corpus("pydoc")
+    assert corpus.fingerprint == open_corpus("pydoc").fingerprint
+    assert min(len(corpus.train), len(corpus.valid), len(corpus.test)) > 5000
+    assert {"the", "python", "<unk>", "<eos>"} <= set(corpus.words)
+    counts = corpus.train.bincount(minlength=len(corpus.words)).tolist()
+    assert counts == sorted(counts, reverse=True)
+    assert min(counts) >= 2
+    for part in (corpus.train, corpus.valid, corpus.test):
+        assert 0 <= int(part.min()) <= int(part.max()) < len(corpus.words)
+        assert int(part[-1]) == corpus.start
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("train", r"data must have train.txt or train.txt.gz, got the folder"),
+        (None, r"data must be 'pydoc' or a folder"),
+    ],
+)
+def test_a_folder_without_a_text_is_refused(tmp_path: Path, missing: str | None, message: str) -> None:
+    folder = tmp_path / "none" if missing is None else a_folder(tmp_path)
+    if missing is not None:
+        (folder / f"{missing}.txt").unlink()
+    with pytest.raises(ValueError, match=message):
+        open_corpus(str(folder))
+
+
+def test_a_text_without_words_is_refused(tmp_path: Path) -> None:
+    (a_folder(tmp_path) / "valid.txt").write_text("")
+    with pytest.raises(ValueError, match="valid must have at least 2 tokens, got 0"):
+        open_corpus(str(tmp_path))
+
+
+@pytest.mark.skipif(DATA is None, reason="needs real data: set AUTODROPOUT_DATA to the folder that holds the data sets")
+@pytest.mark.parametrize(
+    ("name", "tokens", "words"),
+    [("ptb", (929_589, 73_760, 82_430), 10_000), ("wikitext2", (2_088_628, 217_646, 245_569), 33_278)],
+)
+def test_published_counts(name: str, tokens: tuple[int, ...], words: int) -> None:
+    corpus = open_corpus(os.path.join(str(DATA), name))
+    assert (len(corpus.train), len(corpus.valid), len(corpus.test)) == tokens
+    assert len(corpus.words) == words

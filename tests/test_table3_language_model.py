@@ -1,0 +1,97 @@
+"""The script of table 3: offline to its table, the same command again trains nothing, and refusals of one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from autodropout.reproduce import table3_language_model as script
+from autodropout.reproduce.corpus import open_corpus
+from autodropout.reproduce.language_task import LanguageTask
+
+TEXT = {"train": "a b c d e f\n" * 60, "valid": "a b c\n" * 10, "test": "d e f\n" * 10}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small text, and a small network for it, in the working directory."""
+    for split, text in TEXT.items():
+        (tmp_path / f"{split}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    demo = script.PRESETS["demo"]
+    size = dataclasses.replace(demo.recipe.size, width=8, heads=2, inner=8)
+    recipe = dataclasses.replace(demo.recipe, size=size, epochs=2, segment=8, memory=8, warmup=5)
+    monkeypatch.setitem(script.PRESETS, "demo", dataclasses.replace(demo, recipe=recipe))
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def test_to_the_table_and_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--data", "."]) == 0
+    first = capsys.readouterr().out
+    lines = first.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if line.startswith(("none", "Dropout", "Variational", "AutoDropout"))][:3] == [
+        line for line in lines if line.startswith(("none", "Dropout", "Variational"))
+    ][:3]
+    for split in ("validation", "test"):
+        assert sum(line.startswith(f"Table 3 (the numbering is ours): {split} perplexity") for line in lines) == 1
+    (results,) = (folder / "results").glob("*.jsonl")
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(records) == 3 * 3 + 4 * 2
+    final = [record for record in records if record["phase"] == "final"]
+    assert {record["metric"] for record in records} == {"perplexity"}
+    assert all(record["perplexity"] > 1 and record["valid_perplexity"] > 1 for record in final)
+    assert results.with_suffix(".png").stat().st_size > 10_000
+    before = results.read_bytes()
+    assert script.main(["--data", "."]) == 0
+    assert capsys.readouterr().out == first
+    assert results.read_bytes() == before
+
+
+@pytest.mark.parametrize("preset", script.PRESETS)
+def test_a_dry_run_trains_nothing(preset: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--preset", preset, "--data", ".", "--dry-run"]) == 0
+    assert "parameters" in capsys.readouterr().out
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "small"], "preset small needs a text: give --data DIR"),
+        (["--data", "missing"], "data must be 'pydoc' or a folder with train.txt"),
+        (["--policy", "hand-v0"], "autodropout at strength 0.5: model has no sites of place 'batch_norm'"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(script.DATA_VARIABLE, raising=False)
+    assert script.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"table3_language_model: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_the_papers_numbers_stand_beside_its_own_data_and_network_alone(folder: Path) -> None:
+    arguments = script._parser().parse_args(["--data", "."])
+    task = script._task(arguments, script.PRESETS["paper"])
+    assert isinstance(task, LanguageTask)
+    assert script._name(task) == folder.name
+    treebank = dataclasses.replace(open_corpus("."), fingerprint=script.PENN_TREEBANK_TEXT + "0" * 52)
+    known = LanguageTask(task.settings, treebank)
+    assert script._name(known) == "Penn Treebank"
+    record = {"perplexity": 60.0, "valid_perplexity": 61.0}
+    results = [script.Result("autodropout", 1.0, (60.0,), (record,))]
+    assert [script._rows(known, results, metric)[0].paper for metric in script.SPLITS] == ["58.1", "54.9"]
+    assert [script._rows(task, results, metric)[0].paper for metric in script.SPLITS] == [None, None]
