@@ -28,7 +28,7 @@ TILE = 2048
 THREAD = 8
 
 # Programs of a reduction: more than any GPU holds at once, so few that the partial results do not count. And tiles that
-# each of them reads at least: to add up the numbers of its lanes takes as long as to read two or three more.
+# each of them reads at least: to add up the numbers of its lanes takes as long as to read one or two more.
 REDUCING = 2048
 TURNS = 4
 
@@ -371,10 +371,10 @@ def suits(x: torch.Tensor, atlas: Atlas) -> bool:
     return x.is_contiguous() and atlas.on(x.device).flat and cells % lanes != 0 and fits
 
 
-def samples_of_chunk(samples: int, programs: int, turns: int) -> int:
-    """For so many programs a chunk, and turns of each of them a sample."""
+def samples_of_chunk(samples: int, programs: int, least: int) -> int:
+    """For so many programs a chunk, and so many samples of each of them at least."""
     chunks = min(samples, triton.cdiv(REDUCING, programs))
-    return max(triton.cdiv(samples, chunks), min(samples, triton.cdiv(TURNS, turns)))
+    return max(triton.cdiv(samples, chunks), min(samples, least))
 
 
 class RunPlan:
@@ -388,7 +388,7 @@ class RunPlan:
         tile = triton.next_power_of_2(run * cells)
         self.runs = triton.cdiv(c, run)
         self.samples = n
-        self.samples_of_chunk = samples_of_chunk(n, self.runs, 1)
+        self.samples_of_chunk = samples_of_chunk(n, self.runs, TURNS)
         self.chunks = triton.cdiv(n, self.samples_of_chunk)
         self.fragments, grain = atlas.on(x.device).fragments_of(lanes)
         channels_grain, sample_grain = math.gcd(c, 16), math.gcd(c * cells, 16)

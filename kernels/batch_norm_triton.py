@@ -39,6 +39,9 @@ from .tiles_triton import dense
 TILE = 2048
 WARPS = 4
 
+# Tiles that a program of a reduction reads at least: to add up the numbers of its lanes takes as long as two more do.
+TURNS = 8
+
 # Channels that a program of the finishing kernels takes.
 FINISH_BLOCK = 32
 
@@ -357,15 +360,19 @@ class TilePlan(Tiling):
     def __init__(self, x: torch.Tensor, atlas: Atlas) -> None:
         super().__init__(x, atlas, TILE)
         self.samples = n = x.shape[0]
-        self.samples_of_chunk = samples_of_chunk(n, self.channel_blocks, self.fragment_blocks)
+        least = triton.cdiv(TURNS, self.fragment_blocks)
+        self.samples_of_chunk = samples_of_chunk(n, self.channel_blocks, least)
         self.chunks = triton.cdiv(n, self.samples_of_chunk)
         self.cells = x.shape[2] * x.shape[3]
         self.constants: dict[str, Any] = {**self.grains, **self.tile, "num_warps": WARPS}
+        # ptxas spills a few registers of the loops over channels_last tiles of this many bytes (sm_100).
+        self.more_warps = {"num_warps": 2 * WARPS} if self.grains["LAST"] else {}
 
     def moments(self, x: torch.Tensor, partial: torch.Tensor) -> None:
         moments_kernel[(self.channel_blocks * self.chunks,)](
             x, partial, self.samples, self.samples_of_chunk, self.chunks, *self.units, triton.cdiv(self.cells, 8),
-            TAIL=self.cells % (8 * self.fragments) != 0, **self.constants,
+            TAIL=self.cells % (8 * self.fragments) != 0,
+            **(self.constants | (self.more_warps if x.element_size() > 2 else {})),
         )  # fmt: skip
 
     def forward(self, *tensors: torch.Tensor) -> None:
@@ -381,7 +388,8 @@ class TilePlan(Tiling):
         *of_elements, starts, scale = tensors
         sums_kernel[(self.channel_blocks, self.chunks)](
             *of_elements, starts, self.tables.fragments, scale, starts.shape[1], self.samples, self.samples_of_chunk,
-            self.chunks, *self.units, self.fragment_blocks, *self.steps, ROWS=self.tables.rows > 1, **self.constants,
+            self.chunks, *self.units, self.fragment_blocks, *self.steps, ROWS=self.tables.rows > 1,
+            **(self.constants | self.more_warps),
         )  # fmt: skip
 
     def backward(self, *tensors: torch.Tensor) -> None:

@@ -121,7 +121,7 @@ def softmax_forward_kernel(
         )  # fmt: skip
         decisions = bits if part == 0 else decisions | (bits << 4 * part)
 
-    scores = ()
+    scores = ()  # type: tuple[tl.tensor, ...]
     for part in tl.static_range(PARTS):
         inside = inside_rows[:, :, None]
         if part == PARTS - 1:
@@ -132,7 +132,7 @@ def softmax_forward_kernel(
     for part in tl.static_range(1, PARTS):
         largest = tl.maximum(largest, scores[part])
     largest = tl.max(largest, axis=2)
-    weights = ()
+    weights = ()  # type: tuple[tl.tensor, ...]
     for part in tl.static_range(PARTS):
         weights += (_exp(scores[part] - largest[:, :, None]),)
     total = weights[0]
@@ -191,8 +191,8 @@ def softmax_backward_kernel(
     largest = tl.load((largest_ptr + first_row) + row, mask=inside_rows, other=0.0)
     inverse = tl.load((inverse_ptr + first_row) + row, mask=inside_rows, other=0.0)
     scale = tl.load(scale_ptr).to(compute)
-    weights = ()
-    gradients = ()
+    weights = ()  # type: tuple[tl.tensor, ...]
+    gradients = ()  # type: tuple[tl.tensor, ...]
     for part in tl.static_range(PARTS):
         inside = inside_rows[:, :, None]
         if part == PARTS - 1:

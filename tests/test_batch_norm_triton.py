@@ -68,6 +68,7 @@ def test_chunks_of_samples_are_combined(shape: tuple[int, int, int, int], monkey
     case = cases.case(shape, torch.float32, 5, offset=30.0)
     atlas, starts, scale = cases.drawn(shape, 5, False, "mask", 0, DEVICE)
     monkeypatch.setattr(batch_norm_runs_triton, "TURNS", 1)
+    monkeypatch.setattr(batch_norm_triton, "TURNS", 1)
     assert batch_norm_runs_triton.suits(case.x.to(DEVICE), atlas) == (shape == (3, 5, 6, 7))
     tensors = [tensor.to(DEVICE) for tensor in (case.x, case.weight, case.bias)]
     results: dict[int, dict[str, torch.Tensor]] = {}
