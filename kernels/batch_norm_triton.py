@@ -7,6 +7,7 @@ et al. 1979). `forward_kernel` reads x and writes y. `sums_kernel` reads x and g
 g * (x - mean), `finish_sums_kernel` adds them up, and `backward_kernel` reads x and grad and writes dx. Partial results
 are added in a fixed order: the same input gives the same bits.
 
+Contiguous maps whose planes begin amid accesses have the kernels of batch_norm_runs_triton.py, the small ones these.
 Tiles are [channels, fragments, 8] of one sample, in both memory formats; LAST says that channels are what follow each
 other in memory. The mask comes as in tiled_triton.py, one byte for 8 cells. The sign of bn, which backward needs again,
 is that of forward to the bit: one subtraction and one fused multiply-add in both.
@@ -23,6 +24,11 @@ import triton
 import triton.language as tl
 
 from .atlas import Atlas
+from .batch_norm_runs_triton import RunPlan
+from .batch_norm_runs_triton import _affine
+from .batch_norm_runs_triton import _gradient_of_bn
+from .batch_norm_runs_triton import samples_of_chunk
+from .batch_norm_runs_triton import suits
 from .masking import compute_type
 from .tiles_triton import Tiling
 from .tiles_triton import _mask_of_tile
@@ -33,8 +39,8 @@ from .tiles_triton import dense
 TILE = 2048
 WARPS = 4
 
-# Programs of a reduction: more than any GPU holds at once, so few that the partial results do not count.
-REDUCING = 2048
+# Tiles that a program of a reduction reads at least: to add up the numbers of its lanes takes as long as two more do.
+TURNS = 8
 
 # Channels that a program of the finishing kernels takes.
 FINISH_BLOCK = 32
@@ -47,12 +53,6 @@ FINISH_BLOCK = 32
 def _of_channels(pointer, channel, channels):
     """A number of every channel, to go with a tile."""
     return tl.load(pointer + channel, mask=channel < channels, other=0.0)[:, None, None]
-
-
-@triton.jit
-def _affine(centred, slope, bias):
-    """One rounding, in forward and in backward."""
-    return tl.fma(centred, tl.broadcast_to(slope, centred.shape), tl.broadcast_to(bias, centred.shape))
 
 
 @triton.jit
@@ -204,14 +204,6 @@ def forward_kernel(
 # ---- backward ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _gradient_of_bn(grad, x, kept, mean, slope, bias, scale):
-    """x - mean, and `g = grad * mask * scale * (bn > 0)`: 0 at dropped cells, whatever grad holds there."""
-    centred = x - mean
-    bn = _affine(centred, slope, bias)
-    return centred, tl.where(kept & ~(bn <= 0.0), grad * scale, 0.0)
-
-
 @triton.jit(do_not_specialize=["scale_ptr"])
 def sums_kernel(
     x_ptr,
@@ -280,9 +272,11 @@ def sums_kernel(
 def finish_sums_kernel(
     partial_ptr,  # (2, chunks, C)
     rstd_ptr,
-    result_ptr,  # (2, C), written: dbias, dweight
+    result_ptr,  # (4, C), written: dbias, dweight, dbias / size, dweight * rstd / size
+    samples,
     chunks,
     channels,
+    cells,
     BLOCK: tl.constexpr,
 ):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -296,6 +290,9 @@ def finish_sums_kernel(
     tl.store(result_ptr + channel, of_bias, mask=inside)
     rstd = tl.load(rstd_ptr + channel, mask=inside, other=0.0)
     tl.store(result_ptr + channels + channel, of_weight * rstd, mask=inside)
+    size = samples.to(rstd.dtype) * cells.to(rstd.dtype)
+    tl.store(result_ptr + 2 * channels + channel, of_bias / size, mask=inside)
+    tl.store(result_ptr + 3 * channels + channel, of_weight * rstd * rstd / size, mask=inside)
 
 
 @triton.jit(do_not_specialize=["scale_ptr"])
@@ -303,7 +300,7 @@ def backward_kernel(
     x_ptr,
     grad_ptr,  # in the memory format of x
     dx_ptr,  # likewise, written
-    sums_ptr,  # (2, C): dbias, dweight
+    means_ptr,  # (2, C): dbias / size, dweight * rstd / size
     mean_ptr,
     rstd_ptr,
     weight_ptr,
@@ -312,7 +309,6 @@ def backward_kernel(
     fragments_ptr,
     scale_ptr,
     starts_per_sample,
-    samples,
     channel_units,
     height,
     width_units,
@@ -332,7 +328,7 @@ def backward_kernel(
     channels = channel_units * CHANNELS_GRAIN
     width = width_units * GRAIN
     cells = height * width // CELLS_GRAIN * CELLS_GRAIN
-    compute = sums_ptr.dtype.element_ty
+    compute = means_ptr.dtype.element_ty
     block = tl.program_id(0)
     fragment = (block % fragment_blocks) * FRAGMENTS + tl.arange(0, FRAGMENTS)
     block = block // fragment_blocks
@@ -345,14 +341,12 @@ def backward_kernel(
     offset = _offsets(sample, channel, cell, channels, cells, LAST)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(compute)
     grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(compute)
-    rstd = _of_channels(rstd_ptr, channel, channels)
-    slope = rstd * _of_channels(weight_ptr, channel, channels)
+    slope = _of_channels(rstd_ptr, channel, channels) * _of_channels(weight_ptr, channel, channels)
     bias = _of_channels(bias_ptr, channel, channels)
     mean = _of_channels(mean_ptr, channel, channels)
     centred, g = _gradient_of_bn(grad, x, kept, mean, slope, bias, tl.load(scale_ptr).to(compute))
-    size = samples.to(compute) * cells.to(compute)
-    of_bias = _of_channels(sums_ptr, channel, channels) / size
-    of_weight = _of_channels(sums_ptr + channels, channel, channels) * rstd / size
+    of_bias = _of_channels(means_ptr, channel, channels)
+    of_weight = _of_channels(means_ptr + channels, channel, channels)
     dx = slope * (g - of_bias - centred * of_weight)
     tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
@@ -360,16 +354,55 @@ def backward_kernel(
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
 
-class _Plan(Tiling):
-    """A tiling with the chunks of samples of the reductions."""
+class TilePlan(Tiling):
+    """A tiling with the chunks of samples of the reductions, and the launches; as `RunPlan`."""
 
     def __init__(self, x: torch.Tensor, atlas: Atlas) -> None:
         super().__init__(x, atlas, TILE)
-        n = x.shape[0]
-        self.samples_of_chunk = triton.cdiv(n, min(n, triton.cdiv(REDUCING, self.channel_blocks)))
+        self.samples = n = x.shape[0]
+        least = triton.cdiv(TURNS, self.fragment_blocks)
+        self.samples_of_chunk = samples_of_chunk(n, self.channel_blocks, least)
         self.chunks = triton.cdiv(n, self.samples_of_chunk)
-        # Fragments of a map of which no mask is asked for.
-        self.plain_fragments = triton.cdiv(x.shape[2] * x.shape[3], 8)
+        self.cells = x.shape[2] * x.shape[3]
+        self.constants: dict[str, Any] = {**self.grains, **self.tile, "num_warps": WARPS}
+        # ptxas spills a few registers of the loops over channels_last tiles of this many bytes (sm_100).
+        self.more_warps = {"num_warps": 2 * WARPS} if self.grains["LAST"] else {}
+
+    def moments(self, x: torch.Tensor, partial: torch.Tensor) -> None:
+        moments_kernel[(self.channel_blocks * self.chunks,)](
+            x, partial, self.samples, self.samples_of_chunk, self.chunks, *self.units, triton.cdiv(self.cells, 8),
+            TAIL=self.cells % (8 * self.fragments) != 0,
+            **(self.constants | (self.more_warps if x.element_size() > 2 else {})),
+        )  # fmt: skip
+
+    def forward(self, *tensors: torch.Tensor) -> None:
+        """x, y, moments, weight, bias, starts, scale."""
+        *of_elements, starts, scale = tensors
+        forward_kernel[(self.samples * self.channel_blocks * self.fragment_blocks,)](
+            *of_elements, starts, self.tables.fragments, scale, starts.shape[1], *self.units, self.channel_blocks,
+            self.fragment_blocks, *self.steps, ROWS=self.tables.rows > 1, **self.constants,
+        )  # fmt: skip
+
+    def sums(self, *tensors: torch.Tensor) -> None:
+        """x, grad, partial, mean, rstd, weight, bias, starts, scale."""
+        *of_elements, starts, scale = tensors
+        sums_kernel[(self.channel_blocks, self.chunks)](
+            *of_elements, starts, self.tables.fragments, scale, starts.shape[1], self.samples, self.samples_of_chunk,
+            self.chunks, *self.units, self.fragment_blocks, *self.steps, ROWS=self.tables.rows > 1,
+            **(self.constants | self.more_warps),
+        )  # fmt: skip
+
+    def backward(self, *tensors: torch.Tensor) -> None:
+        """x, grad, dx, means, mean, rstd, weight, bias, starts, scale."""
+        *of_elements, starts, scale = tensors
+        backward_kernel[(self.samples * self.channel_blocks * self.fragment_blocks,)](
+            *of_elements, starts, self.tables.fragments, scale, starts.shape[1], *self.units, self.channel_blocks,
+            self.fragment_blocks, *self.steps, ROWS=self.tables.rows > 1, **self.constants,
+        )  # fmt: skip
+
+
+def _plan(x: torch.Tensor, atlas: Atlas) -> TilePlan | RunPlan:
+    return RunPlan(x, atlas) if suits(x, atlas) else TilePlan(x, atlas)
 
 
 def forward(
@@ -386,24 +419,17 @@ def forward(
         y, mean, rstd, unbiased = forward(x.contiguous(), weight, bias, atlas, starts, scale, eps)
         return torch.empty_like(x).copy_(y), mean, rstd, unbiased
     n, c, height, width = x.shape
-    plan = _Plan(x, atlas)
+    plan = _plan(x, atlas)
     of_channels: dict[str, Any] = {"dtype": compute_type(x), "device": x.device}
     partial = torch.empty((2, plan.chunks, c), **of_channels)
-    moments_kernel[(plan.channel_blocks * plan.chunks,)](
-        x, partial, n, plan.samples_of_chunk, plan.chunks, *plan.units, plan.plain_fragments,
-        TAIL=height * width % (8 * plan.fragments) != 0, **plan.grains, **plan.tile, num_warps=WARPS,
-    )  # fmt: skip
+    plan.moments(x, partial)
     moments = torch.empty((3, c), **of_channels)
     finish_moments_kernel[(triton.cdiv(c, FINISH_BLOCK),)](
         partial, moments, torch.full((), eps, dtype=torch.float64, device=x.device), n, plan.samples_of_chunk,
         plan.chunks, c, height * width, BLOCK=FINISH_BLOCK, num_warps=1,
     )  # fmt: skip
     y = torch.empty_like(x)
-    forward_kernel[(n * plan.channel_blocks * plan.fragment_blocks,)](
-        x, y, moments, weight, bias, starts, plan.tables.fragments, scale, starts.shape[1], *plan.units,
-        plan.channel_blocks, plan.fragment_blocks, *plan.steps,
-        ROWS=plan.tables.rows > 1, **plan.grains, **plan.tile, num_warps=WARPS,
-    )  # fmt: skip
+    plan.forward(x, y, moments, weight, bias, starts, scale)
     # Outputs of an op must not share memory.
     mean, rstd, unbiased = moments.unbind(0)
     return y, mean.clone(), rstd.clone(), unbiased.clone()
@@ -424,23 +450,17 @@ def backward(
     if not dense(x):
         dx, dweight, dbias = backward(grad, x.contiguous(), weight, bias, mean, rstd, atlas, starts, scale)
         return torch.empty_like(x).copy_(dx), dweight, dbias
-    plan = _Plan(x, atlas)
-    n, c = x.shape[:2]
-    grad = grad.contiguous(memory_format=plan.memory_format)
-    partial = torch.empty((2, plan.chunks, c), dtype=mean.dtype, device=x.device)
-    of_pattern = (starts, plan.tables.fragments, scale, starts.shape[1])
-    sums_kernel[(plan.channel_blocks, plan.chunks)](
-        x, grad, partial, mean, rstd, weight, bias, *of_pattern, n, plan.samples_of_chunk, plan.chunks, *plan.units,
-        plan.fragment_blocks, *plan.steps, ROWS=plan.tables.rows > 1, **plan.grains, **plan.tile, num_warps=WARPS,
-    )  # fmt: skip
-    sums = torch.empty((2, c), dtype=mean.dtype, device=x.device)
+    plan = _plan(x, atlas)
+    n, c, height, width = x.shape
+    grad = grad.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+    of_channels: dict[str, Any] = {"dtype": mean.dtype, "device": x.device}
+    partial = torch.empty((2, plan.chunks, c), **of_channels)
+    of_pattern = (mean, rstd, weight, bias, starts, scale)
+    plan.sums(x, grad, partial, *of_pattern)
+    sums = torch.empty((4, c), **of_channels)
     finish_sums_kernel[(triton.cdiv(c, FINISH_BLOCK),)](
-        partial, rstd, sums, plan.chunks, c, BLOCK=FINISH_BLOCK, num_warps=1
+        partial, rstd, sums, n, plan.chunks, c, height * width, BLOCK=FINISH_BLOCK, num_warps=1
     )
     dx = torch.empty_like(x)
-    backward_kernel[(n * plan.channel_blocks * plan.fragment_blocks,)](
-        x, grad, dx, sums, mean, rstd, weight, bias, *of_pattern, n, *plan.units, plan.channel_blocks,
-        plan.fragment_blocks, *plan.steps, ROWS=plan.tables.rows > 1, **plan.grains, **plan.tile, num_warps=WARPS,
-    )  # fmt: skip
-    dbias, dweight = sums.unbind(0)
-    return dx, dweight.clone(), dbias.clone()
+    plan.backward(x, grad, dx, sums[2:], *of_pattern)
+    return dx, sums[1].clone(), sums[0].clone()

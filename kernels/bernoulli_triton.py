@@ -8,8 +8,11 @@ on where in memory decision i lies (`Form`), so that accesses are as wide as mem
   calls. Dropout; and, with the calls of a tile shared by its rows, channels_last SpatialDropout, variational dropout.
 - `rows_kernel`: (sample, outer, decision, inner). One decision a row of `inner` cells: SpatialDropout, DropPath, word
   dropout. Rows that are dropped are not read.
+- `odd_rows_kernel`: the same where rows begin amid accesses, 7x7 maps: a tile is a run of memory in fragments of 16
+  bytes, each with the decisions of the two rows that it may touch as bits of a word. What is dropped as a whole is not
+  read.
 - `strided_kernel`: (sample, places, channels) with decision channel * places + place: Dropout in channels_last. A
-  thread holds 16 bytes of channels at four places.
+  thread holds 16 bytes of channels at four places; where channels begin amid a call at eight, for one call more.
 
 Nothing of the rate, the seed or the rank is compiled in. `count_kernel` draws the decisions once more and reads no
 activation; the program that arrives last divides. The scale is a float64 in memory, rounded to the compute type in the
@@ -25,6 +28,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .words_triton import divisor
+from .words_triton import product
+from .words_triton import quotient
+from .words_triton import wide_quotient
+
 # Elements of a tile and warps that share it: 32 elements a thread. By compiled code only; no GPU has timed them yet.
 TILE = 4096
 WARPS = 4
@@ -32,8 +40,18 @@ WARPS = 4
 # Threads of these warps, which are of 64 on AMD's: a tile of strided_kernel gives each 16 bytes, place by place.
 THREADS = WARPS * (64 if torch.version.hip else 32)
 
+# Calls whose places are a run of strided_kernel where a channel begins amid a call: it draws one more.
+LONG_RUN = 2
+
 # Philox calls of a program of count_kernel.
 COUNT_BLOCK = 1024
+
+
+# Arguments of which nothing is compiled in.
+SIZES = (
+    "elements",
+    *(name + part for name in ("rows_of_sample", "decisions", "inner") for part in ("", "_reciprocal", "_shift")),
+)
 
 
 # ---- device helpers ------------------------------------------------------------------------------------------------
@@ -171,6 +189,65 @@ def rows_kernel(
     tl.store(y_ptr + offset, _product(x, tl.load(scale_ptr)), mask=inside)
 
 
+@triton.jit(do_not_specialize=["threshold", "rank", "seed_ptr", *SIZES])
+def odd_rows_kernel(
+    x_ptr,  # (samples, outer, decisions, inner)
+    y_ptr,  # the same, written
+    seed_ptr,  # int64
+    scale_ptr,  # float64
+    threshold,  # int32 with the bits of the uint32; so is rank
+    rank,
+    elements,
+    rows_of_sample,  # outer * decisions
+    rows_of_sample_reciprocal,
+    rows_of_sample_shift,
+    decisions,
+    decisions_reciprocal,
+    decisions_shift,
+    inner,
+    inner_reciprocal,
+    inner_shift,
+    OUTER: tl.constexpr,  # outer is not 1
+    TAIL: tl.constexpr,  # the last tile ends amid "nothing", its fragments, or the "elements" of a fragment
+    FRAGMENTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * (FRAGMENTS * LANES)
+    first_row = wide_quotient(first, inner_reciprocal, inner_shift)
+    first_sample = wide_quotient(first_row, rows_of_sample_reciprocal, rows_of_sample_shift)
+    element = tl.arange(0, FRAGMENTS) * LANES
+    at = (first - first_row * inner).to(tl.int32) + element
+    rows_on = quotient(at, inner_reciprocal, inner_shift)
+    # The lane where the next row begins.
+    begin = (rows_on + 1) * inner - at
+    first_row = (first_row - first_sample * rows_of_sample).to(tl.int32)
+    seed = tl.load(seed_ptr)
+    bits = element * 0
+    for k in tl.static_range(2):
+        row = first_row + rows_on + k
+        samples_on = quotient(row, rows_of_sample_reciprocal, rows_of_sample_shift)
+        decision = row - samples_on * rows_of_sample
+        if OUTER:
+            decision -= quotient(decision, decisions_reciprocal, decisions_shift) * decisions
+        sample = first_sample.to(tl.int32) + samples_on
+        w0, w1, w2, w3 = _words(seed, decision >> 2, tl.full((1,), 0, tl.int32), sample, rank)
+        kept = _fourth(decision & 3, w0, w1, w2, w3) >= threshold.to(tl.uint32)
+        before = (1 << tl.minimum(begin, LANES)) - 1
+        bits |= tl.where(kept, before if k == 0 else (1 << LANES) - 1 - before, 0)
+
+    place = element[:, None] + tl.arange(0, LANES)[None, :]
+    room = tl.minimum(elements - first, FRAGMENTS * LANES).to(tl.int32)
+    if TAIL == "nothing":
+        inside = tl.full([FRAGMENTS, 1], 1, tl.int1)
+    elif TAIL == "fragments":
+        inside = (element < room)[:, None]
+    else:
+        inside = place < room
+    x = tl.load((x_ptr + first) + place, mask=inside & (bits != 0)[:, None], other=0.0)
+    kept = (bits[:, None] & (1 << tl.arange(0, LANES))[None, :]) != 0
+    tl.store((y_ptr + first) + place, product(x, kept, tl.load(scale_ptr)), mask=inside)
+
+
 @triton.jit(do_not_specialize=["threshold", "rank", "seed_ptr"])
 def strided_kernel(
     x_ptr,  # (samples, places, channels), decision channel * places + place
@@ -184,16 +261,17 @@ def strided_kernel(
     run_blocks,
     channel_blocks,
     GRAIN: tl.constexpr,
-    ALIGNED: tl.constexpr,  # the places are divisible by 4, so that a run is one call and does not lie in two
+    ALIGNED: tl.constexpr,  # the places are divisible by 4, so that a run has the calls of its length and not one more
     WIDE: tl.constexpr,  # 2^31 decisions a sample and more
-    RUNS: tl.constexpr,  # of four places
+    RUNS: tl.constexpr,
+    LENGTH: tl.constexpr,  # of a run: so many times four places, a power of two
     CHANNELS: tl.constexpr,
 ):
     channels = channel_units * GRAIN
     block = tl.program_id(0)
     channel = (block % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     block = block // channel_blocks
-    place = ((block % run_blocks) * RUNS + tl.arange(0, RUNS)) * 4
+    place = ((block % run_blocks) * RUNS + tl.arange(0, RUNS)) * (4 * LENGTH)
     sample = block // run_blocks
     if WIDE:
         decision = channel.to(tl.int64)[None, :] * places + place[:, None]
@@ -201,9 +279,9 @@ def strided_kernel(
         decision = channel[None, :] * places + place[:, None]
         high = tl.full((1, 1), 0, tl.int32)
     if ALIGNED:
-        calls: tl.constexpr = 1
+        calls: tl.constexpr = LENGTH
     else:
-        calls: tl.constexpr = 2
+        calls: tl.constexpr = LENGTH + 1
     seed = tl.load(seed_ptr)
     bound = threshold.to(tl.uint32)
     of_sample = tl.full((1, 1), 0, tl.int32) + sample
@@ -220,14 +298,13 @@ def strided_kernel(
     if not ALIGNED:
         kept = kept >> (decision & 3).to(tl.int32)
 
-    scale = tl.load(scale_ptr)
+    j = tl.arange(0, 4 * LENGTH)[:, None, None]
     offset = ((sample.to(tl.int64) * places + place) * channels)[:, None] + channel[None, :]
-    for j in tl.static_range(4):
-        inside = (place + j < places)[:, None] & (channel < channels)[None, :]
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0)
-        y = tl.where(((kept >> j) & 1) != 0, _product(x, scale), 0.0)
-        tl.store(y_ptr + offset, y, mask=inside)
-        offset += channels
+    offset = offset[None, :, :] + j * channels
+    inside = (place[None, :, None] + j < places) & (channel < channels)[None, None, :]
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+    # All decisions of a thread are one word up to here: else each of them would go to the thread that has its cell.
+    tl.store(y_ptr + offset, product(x, (kept[None, :, :] & (1 << j)) != 0, tl.load(scale_ptr)), mask=inside)
 
 
 @triton.jit(do_not_specialize=["threshold", "rank", "seed_ptr"])
@@ -372,6 +449,8 @@ def _launch(
     lanes = 8 if x.element_size() == 2 else 4
     if form.places:
         _launch_strided(common, form, lanes)
+    elif form.inner >= 8 and form.inner % lanes and max(form.inner, form.outer * form.decisions) < 2**31 - TILE:
+        _launch_odd_rows(common, form)
     elif form.inner > 1:
         rows = form.samples * form.outer * form.decisions
         length, blocks = _tile(form.inner, TILE)
@@ -393,17 +472,36 @@ def _launch(
         )  # fmt: skip
 
 
+def _launch_odd_rows(common: tuple[torch.Tensor | int, ...], form: Form) -> None:
+    x = common[0]
+    assert isinstance(x, torch.Tensor)
+    lanes = 16 // x.element_size()
+    tails = ((TILE, "nothing"), (lanes, "fragments"), (1, "elements"))
+    odd_rows_kernel[(triton.cdiv(x.numel(), TILE),)](
+        *common, x.numel(), *divisor(form.outer * form.decisions), *divisor(form.decisions), *divisor(form.inner),
+        OUTER=form.outer > 1, TAIL=next(tail for unit, tail in tails if x.numel() % unit == 0),
+        FRAGMENTS=TILE // lanes, LANES=lanes, num_warps=WARPS,
+    )  # fmt: skip
+
+
 def _launch_strided(common: tuple[torch.Tensor | int, ...], form: Form, lanes: int) -> None:
     channels = form.decisions // form.places
     aligned = form.places % 4 == 0
-    runs, longest = triton.cdiv(form.places, 4), triton.next_power_of_2(channels)
-    height = min(triton.next_power_of_2(runs), THREADS * lanes // min(8 * lanes, longest))
-    length = min(longest, THREADS * lanes // height)
-    run_blocks, channel_blocks = triton.cdiv(runs, height), triton.cdiv(channels, length)
+    length = 1 if aligned else LONG_RUN
+    runs, longest = triton.cdiv(form.places, 4 * length), triton.next_power_of_2(channels)
+    # Of all tiles that give each thread 16 bytes, and a run of channels at least 8 times that: the least padded.
+    heights = [1 << k for k in range(13) if THREADS * lanes >> k >= min(8 * lanes, longest)]
+    padded = {
+        k: triton.cdiv(runs, k) * k * triton.cdiv(channels, THREADS * lanes // k) * (THREADS * lanes // k)
+        for k in heights
+    }
+    height = min(heights, key=lambda k: (padded[k], k))
+    width = THREADS * lanes // height
+    run_blocks, channel_blocks = triton.cdiv(runs, height), triton.cdiv(channels, width)
     grain = _grain(channels)
     strided_kernel[(form.samples * run_blocks * channel_blocks,)](
         *common, form.places, channels // grain, run_blocks, channel_blocks,
-        GRAIN=grain, ALIGNED=aligned, WIDE=form.decisions >= 2**31, RUNS=height, CHANNELS=length,
+        GRAIN=grain, ALIGNED=aligned, WIDE=form.decisions >= 2**31, RUNS=height, LENGTH=length, CHANNELS=width,
         num_warps=WARPS,
     )  # fmt: skip
 

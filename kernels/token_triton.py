@@ -470,6 +470,9 @@ def _apply_channels(
     vec = 8 if arguments[0].element_size() == 2 and (a == 1 or b % 8 == 0) else 4
     fragments, fragment_blocks = _tile(triton.cdiv(b, vec))
     tokens = min(_tile_of(arguments[0]) // vec // fragments, triton.next_power_of_2(t))
+    warps = WARPS
+    if tokens > 1 and triton.cdiv(2 * t, tokens) % 2:  # half of the last tile would be behind the last token
+        tokens, warps = tokens // 2, WARPS // 2
     token_blocks = triton.cdiv(t, tokens)
     grain = _grain(b, x_n, x_t, x_a, y_n, y_t, y_a)
     apply_kernel[(n * a * token_blocks * fragment_blocks,)](
@@ -478,7 +481,7 @@ def _apply_channels(
         token_blocks, fragment_blocks, spans, triton.cdiv(a * b, 8), last, _as_int32(rank),
         GRAIN=grain, ALIGNED=a == 1 or b % vec == 0, SHARE_T=share_t, SHARE_C=share_c,
         TOKENS=tokens, FRAGMENTS=fragments, VEC=vec, WIDTH=min(vec, grain, 16 // arguments[0].element_size()),
-        num_warps=WARPS,
+        num_warps=warps,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[tuple[int, ...], list[int], torch.memory_format]] = {
     "dropout channels_last 7x7": ((32, 2048, 7, 7), [], CHANNELS_LAST),
     "spatial": (MAPS, [2, 3], torch.contiguous_format),
     "spatial 8x8": ((128, 640, 8, 8), [2, 3], torch.contiguous_format),
+    "spatial 7x7": ((32, 2048, 7, 7), [2, 3], torch.contiguous_format),
     "spatial channels_last": (MAPS, [2, 3], CHANNELS_LAST),
     "path": (MAPS, [1, 2, 3], torch.contiguous_format),
     "word": ((64, 150, 1024), [2], torch.contiguous_format),
@@ -38,7 +39,7 @@ CASES: dict[str, tuple[tuple[int, ...], list[int], torch.memory_format]] = {
     "huge spatial": ((4100, 1024, 32, 32), [2, 3], torch.contiguous_format),
     "huge channels_last": ((4100, 1024, 32, 32), [], CHANNELS_LAST),
 }
-KERNELS = ("cells_kernel", "rows_kernel", "strided_kernel", "count_kernel")
+KERNELS = ("cells_kernel", "rows_kernel", "odd_rows_kernel", "strided_kernel", "count_kernel")
 RECORDERS = {name: Recorder(getattr(bernoulli_triton, name)) for name in KERNELS}
 for _name, _recorder in RECORDERS.items():
     setattr(bernoulli_triton, _name, _recorder)
@@ -84,7 +85,8 @@ def compile_job(case: str, dtype: str, target: str) -> dict[str, Any]:
     tile = {
         "cells_kernel": lambda: bound["ROWS"] * bound["FRAGMENTS"] * 4 * bound["CALLS"],
         "rows_kernel": lambda: bound["ROWS"] * bound["INNER"],
-        "strided_kernel": lambda: bound["RUNS"] * 4 * bound["CHANNELS"],
+        "odd_rows_kernel": lambda: bound["FRAGMENTS"] * bound["LANES"],
+        "strided_kernel": lambda: bound["RUNS"] * 4 * bound["LENGTH"] * bound["CHANNELS"],
         "count_kernel": lambda: 4 * bound["BLOCK"],
     }[kernel]()
     described = (base.describe_hip if target.startswith("gfx") else base.describe_cuda)(compiled)
@@ -97,8 +99,9 @@ def compile_job(case: str, dtype: str, target: str) -> dict[str, Any]:
         "tile_bytes": tile * DTYPES[dtype].itemsize,
         "threads": threads,
         "per_element": described["instructions"] * threads / tile,
-        "runs": 4 if kernel == "strided_kernel" else 1,
-        "offsets": base.offsets_by_pointer(compiled.asm["ttir"], ("x_ptr", "y_ptr")) if case != "count" else {},
+        "offsets": {pointer: of["offsets"] for pointer, of in base.of_activation(compiled.asm["ttir"]).items()}
+        if case != "count"
+        else {},
         "accesses": base.accesses_of_activation(compiled.asm["ttir"], dtype),
         "shared": compiled.metadata.shared,
         "loops": len(re.findall(r"scf\.(?:for|while)", compiled.asm["ttir"])),
@@ -113,6 +116,7 @@ def keys() -> dict[str, Any]:
         "cells": ((4, 6, 12, 10), []),
         "rows": ((4, 6, 12, 10), [2, 3]),
         "columns": ((4, 60, 10), [1]),
+        "odd rows": ((4, 6, 7, 7), [2, 3]),
     }
     seeds = torch.arange(50)
     for name, (shape, shared) in small.items():

@@ -31,8 +31,8 @@ from autodropout.kernels import softmax_triton
 from autodropout.kernels.atlas import Atlas
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# The last has 2^32 + 2^22 elements; it is only compiled for.
-SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (4, 16, 224, 224), (4100, 1024, 32, 32)]
+# The last two have more than 2^32 elements; they are only compiled for.
+SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (4, 16, 224, 224), (4100, 1024, 32, 32), (42900, 2048, 7, 7)]
 
 # Samples, heads, queries, keys; the last has 2^31 + 2^23 weights.
 ATTENTION = [(16, 16, 384, 768), (257, 16, 512, 1024)]
@@ -43,7 +43,7 @@ AttentionJob = tuple[tuple[int, int, int, int], bool, bool, str, str]
 
 
 def jobs() -> list[Job]:
-    first, large, rows, huge = SHAPES
+    first, large, rows, huge, odd = SHAPES
     return [
         (first, False, "bf16", "sm_90"),
         (first, True, "bf16", "sm_90"),
@@ -51,6 +51,9 @@ def jobs() -> list[Job]:
         (large, False, "fp32", "sm_90"),
         (rows, False, "bf16", "sm_90"),
         (huge, False, "bf16", "sm_90"),
+        (odd, False, "bf16", "sm_90"),
+        (odd, False, "fp64", "sm_90"),
+        (odd, False, "fp32", "gfx942"),
         (first, False, "fp32", "gfx942"),
         (first, True, "bf16", "gfx942"),
     ]
@@ -99,10 +102,11 @@ def launches(shape: tuple[int, ...], last: bool, dtype: str, atlas: Atlas, seed:
 
 
 def wide_offsets(ttir: str, pointers: tuple[str, ...]) -> bool:
-    """Whether every tensor of offsets that is added to these pointers is one of int64."""
+    """Whether every tensor of offsets from these pointers is one of int64, or from where an int64 has moved them."""
     sources = dict(re.findall(r"(%[\w#]+) = tt\.(?:splat|broadcast|expand_dims) (%[\w#]+)", ttir))
+    sources |= dict(re.findall(r"(%[\w#]+) = tt\.addptr (%[\w#]+), [^:]*: !tt\.ptr<\w+>, i32\b", ttir))
     types = []
-    for base, offset in re.findall(r"tt\.addptr (%[\w#]+), .*x(i\d+)(?:, #\w+)?>", ttir):
+    for base, offset in re.findall(r"tt\.addptr (%[\w#]+), [^:]*: (?:tensor<.*x|!tt\.ptr<\w+>, )(i\d+)\b", ttir):
         while base in sources:
             base = sources[base]
         if base.removeprefix("%") in pointers:
@@ -117,6 +121,10 @@ def compile_job(job: Job) -> list[dict[str, Any]]:
     shape, last, dtype, target = job
     found = launches(shape, last, dtype, Atlas.of(0.25, 0.25, 3, 30.0, 0.1, 0.0, *shape[2:]))
     run = (shape[1] if last else shape[2] * shape[3]) * DTYPES[dtype].itemsize
+    if run % 16:
+        # Only runs of many planes are divisible.
+        found = [launch for launch in found if launch.name.startswith("run")]
+        run *= found[0].kwargs["RUN"]
     return compile_launches(found, shape, "channels_last" if last else "contiguous", dtype, target, run)
 
 
@@ -155,9 +163,11 @@ def compile_launches(
 def keys() -> dict[str, Any]:
     found: dict[str, set[str]] = {}
     for i in range(50):
-        atlas = Atlas.of(0.01 * i, 0.2, i % 5, 7.0 * i, 0.1, 0.0, 12, 10)
-        for launch in launches((4, 6, 12, 10), False, "fp32", atlas, i):
-            found.setdefault(launch.name, set()).add(bind(launch, "sm_90")[3])
+        for height, width in ((12, 10), (7, 7)):
+            atlas = Atlas.of(0.01 * i, 0.2, i % 5, 7.0 * i, 0.1, 0.0, height, width)
+            for launch in launches((4, 6, height, width), False, "fp32", atlas, i):
+                if height == 12 or launch.name.startswith("run"):
+                    found.setdefault(launch.name, set()).add(bind(launch, "sm_90")[3])
         for launch in attention_launches((4, 2, 12, 40), False, False, "fp32", i):
             found.setdefault(launch.name, set()).add(bind(launch, "sm_90")[3])
     return {name: len(different) for name, different in found.items()}

@@ -15,9 +15,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("filled_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Channels by no power of two, maps of one fragment, of no whole fragments, of a fragment less than a tile; the last has
-# no table of all windows.
-SHAPES = [(3, 5, 6, 7), (2, 3, 8, 8), (4, 20, 5, 9), (1, 1, 3, 3), (2, 70, 4, 4), (2, 3, 3, 700)]
+# Channels by no power of two, maps of one fragment, of no whole fragments, of a fragment less than a tile; the next to
+# last has no table of all windows, the last has planes that begin amid accesses and are more than a tile of them holds.
+SHAPES = [(3, 5, 6, 7), (2, 3, 8, 8), (4, 20, 5, 9), (1, 1, 3, 3), (2, 70, 4, 4), (2, 3, 3, 700), (2, 88, 5, 5)]
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -59,16 +59,21 @@ def test_kernels_equal_the_twin(layout: str, index: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
-def test_chunks_of_samples_are_combined(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(3, 5, 6, 7), (3, 5, 6, 8)])
+def test_chunks_of_samples_are_combined(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Three samples in chunks of two and one; and the same bits every time."""
+    from autodropout.kernels import batch_norm_runs_triton
     from autodropout.kernels import batch_norm_triton
 
-    case = cases.case((3, 5, 6, 7), torch.float32, 5, offset=30.0)
-    atlas, starts, scale = cases.drawn((3, 5, 6, 7), 5, False, "mask", 0, DEVICE)
+    case = cases.case(shape, torch.float32, 5, offset=30.0)
+    atlas, starts, scale = cases.drawn(shape, 5, False, "mask", 0, DEVICE)
+    monkeypatch.setattr(batch_norm_runs_triton, "TURNS", 1)
+    monkeypatch.setattr(batch_norm_triton, "TURNS", 1)
+    assert batch_norm_runs_triton.suits(case.x.to(DEVICE), atlas) == (shape == (3, 5, 6, 7))
     tensors = [tensor.to(DEVICE) for tensor in (case.x, case.weight, case.bias)]
     results: dict[int, dict[str, torch.Tensor]] = {}
     for programs in (1, 2, 2):
-        monkeypatch.setattr(batch_norm_triton, "REDUCING", programs)
+        monkeypatch.setattr(batch_norm_runs_triton, "REDUCING", programs)
         y, mean, rstd, unbiased = batch_norm_triton.forward(*tensors, atlas, starts, scale, EPS)
         dx, dweight, dbias = batch_norm_triton.backward(
             case.upstream.to(DEVICE), *tensors, mean, rstd, atlas, starts, scale

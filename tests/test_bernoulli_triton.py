@@ -43,6 +43,11 @@ CASES: list[tuple[tuple[int, ...], list[int], str, torch.memory_format | None]] 
     ((9, 2, 5), [1, 2], "rows", None),
     ((2, 5, 6, 7), [1, 2, 3], "rows", LAST),
     ((7, 9, 33), [2], "rows", None),
+    ((4, 40, 7, 7), [2, 3], "rows", None),
+    ((3, 170, 3, 3), [2, 3], "rows", None),
+    ((2, 3, 2051), [2], "rows", None),
+    ((3, 5, 7, 9), [1, 3], "rows outer", None),
+    ((2, 66, 7, 7), [], "strided", LAST),
     ((3, 5, 6, 7), [1, 3], "rows outer", None),
     ((2, 3, 4, 5), [0, 1, 2, 3], "rows", None),
     ((3, 5, 6, 7), [], "strided", LAST),
@@ -211,7 +216,7 @@ def of_the_activation(compiled: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_what_is_compiled(compiled: list[dict[str, Any]]) -> None:
     assert {kernel["kernel"] for kernel in compiled} == {
-        "cells_kernel", "rows_kernel", "strided_kernel", "count_kernel",
+        "cells_kernel", "rows_kernel", "odd_rows_kernel", "strided_kernel", "count_kernel",
     }  # fmt: skip
     assert {kernel["target"] for kernel in compiled} == {"sm_90", "gfx942"}
     assert {kernel["dtype"] for kernel in compiled} == {"fp64", "fp32", "fp16", "bf16"}
@@ -237,11 +242,13 @@ def test_every_access_takes_16_bytes(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_every_element_is_read_once_and_written_once(compiled: list[dict[str, Any]]) -> None:
-    """Straight-line code, one load and store a place of a run; their offsets are of 64 bits, for 2^31 and more."""
+    """Straight-line code, one load and one store; their offsets are of 64 bits, for 2^31 and more, or those of the
+    first element of a tile are.
+    """
     for kernel in of_the_activation(compiled):
-        runs = kernel["runs"]
-        assert kernel["offsets"] == {"x_ptr": ["i64"] * runs, "y_ptr": ["i64"] * runs}, label(kernel)
-        assert kernel["accesses"] == {"load": runs, "store": runs}, label(kernel)
+        offsets = ["i64", "i32"] if kernel["kernel"] == "odd_rows_kernel" else ["i64"]
+        assert kernel["offsets"] == {"x_ptr": offsets, "y_ptr": offsets}, label(kernel)
+        assert kernel["accesses"] == {"load": 1, "store": 1}, label(kernel)
         assert kernel["loops"] == 0, label(kernel)
 
 
@@ -253,25 +260,24 @@ def test_large_activations_are_not_addressed_with_32_bits(compiled: list[dict[st
         assert not any(name.startswith("buffer_") for name in kernel["raw"]), kernel["raw"]
 
 
-# SASS instructions per element on sm_90, all kernels in bf16; a call of Philox takes 10 of them (docs/bernoulli.md). Of
-# the strided kernel Triton 3.9 makes 26.94 and 3.8 makes 27.16.
-MOST = {"cells_kernel": 22, "rows_kernel": 18, "strided_kernel": 27.2 if BEFORE_3_9 else 27}
-MOST_UNALIGNED = 41  # two calls for four places
+# SASS instructions per element on sm_90, all kernels in bf16; a call of Philox takes 10 of them (docs/bernoulli.md).
+MOST = {"cells_kernel": 22, "rows_kernel": 18, "odd_rows_kernel": 24, "strided_kernel": 22}
+MOST_UNALIGNED = 26  # three calls for eight places
 
 
 def test_instructions_per_element(compiled: list[dict[str, Any]]) -> None:
-    """An H100 moves 4 bytes in the time of about 39 instructions: there all but the last are bound by memory."""
+    """An H100 moves 4 bytes in the time of about 39 instructions: there all are bound by memory."""
     found = [
         kernel for kernel in of_the_activation(compiled) if (kernel["dtype"], kernel["target"]) == ("bf16", "sm_90")
     ]
-    assert len(found) >= 9
+    assert len(found) >= 10
     for kernel in found:
-        most = MOST_UNALIGNED if kernel["case"].endswith("7x7") else MOST[kernel["kernel"]]
+        most = MOST_UNALIGNED if kernel["case"].endswith("channels_last 7x7") else MOST[kernel["kernel"]]
         assert kernel["per_element"] <= most, (label(kernel), kernel["per_element"])
 
 
 def test_no_recompilation_when_rate_seed_or_rank_change() -> None:
     (keys,) = lines_of("keys")
     assert keys.pop("control") == 2
-    assert len(keys) == 6
+    assert len(keys) == 8
     assert set(keys.values()) == {1}, keys

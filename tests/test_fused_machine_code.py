@@ -20,12 +20,16 @@ OVER_ACTIVATIONS = {
     "forward_kernel",
     "sums_kernel",
     "backward_kernel",
+    "run_moments_kernel",
+    "run_forward_kernel",
+    "run_sums_kernel",
+    "run_backward_kernel",
     "add_tiled_kernel",
     "add_scaled_samples_kernel",
     "softmax_forward_kernel",
     "softmax_backward_kernel",
 }
-WRITING = OVER_ACTIVATIONS - {"moments_kernel", "sums_kernel"}
+WRITING = OVER_ACTIVATIONS - {"moments_kernel", "sums_kernel", "run_moments_kernel", "run_sums_kernel"}
 
 
 def run(*command: str) -> list[dict[str, Any]]:

@@ -258,6 +258,25 @@ def test_sass_is_read() -> None:
     assert set(code.instructions[1].lines) == {9}
 
 
+NEVER_BACK = """
+.L_x_0:
+        /*0000*/                   FADD R1, R1, R2 ;
+        /*0010*/              @!P0 CALL.REL.NOINC `(.L_x_1) ;
+        /*0020*/                   BRA `(.L_x_0) ;
+.L_x_1:
+        /*0030*/                   CALL.REL.NOINC `(.L_x_2) ;
+        /*0040*/                   FMUL R1, R1, R2 ;
+.L_x_2:
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_a_call_that_never_returns_is_a_jump() -> None:
+    code = sass.read(NEVER_BACK, "/there/some.py")
+    assert [one.flow for one in code.instructions] == ["next", "branch", "jump", "jump", "next", "end"]
+    assert counts(code) == {-1: {"CALL.REL.NOINC": 1, "EXIT": 1}, 0: {"FADD": 1, "CALL.REL.NOINC": 1, "BRA": 1}}
+
+
 @pytest.mark.parametrize(
     ("opcode", "access", "pipe"),
     [

@@ -8,6 +8,7 @@ multiplication; XU: conversions and transcendentals; LSU: memory; uniform: one r
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from .control_flow import Instruction
 from .control_flow import Listing
@@ -32,6 +33,7 @@ _MEMORY = ("LD", "ST", "ATOM", "RED", "SHFL")
 def read(text: str, file: str) -> Listing:
     """The kernel of a cubin; `file` is the path of its source as Triton recorded it."""
     instructions: list[Instruction] = []
+    guards: list[bool] = []
     labels: dict[str, int] = {}
     lines: tuple[int, ...] = ()
     fresh = True  # whether the next location starts a new chain of inlined calls, or continues one
@@ -56,7 +58,30 @@ def read(text: str, file: str) -> Listing:
         flow = _flow(opcode, guard is not None, operands)
         label_of = target[1] if target and flow in ("branch", "jump", "call") else ""
         instructions.append(Instruction(opcode, lines, flow, label_of))
+        guards.append(guard is not None)
+    for place, one in enumerate(instructions):
+        # ptxas writes some jumps as calls: of code that leaves the kernel and never returns.
+        if one.flow == "call" and one.label in labels and not _returns(instructions, labels, labels[one.label]):
+            instructions[place] = replace(one, flow="branch" if guards[place] else "jump")
     return Listing(instructions, labels)
+
+
+def _returns(instructions: list[Instruction], labels: dict[str, int], entry: int) -> bool:
+    """Whether what is called here can come to a return."""
+    waiting, seen = [entry], {len(instructions)}
+    while waiting:
+        place = waiting.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        one = instructions[place]
+        if one.opcode.startswith("RET"):
+            return True
+        if one.flow in ("branch", "jump"):
+            waiting.append(labels.get(one.label, len(instructions)))
+        if one.flow not in ("jump", "end"):
+            waiting.append(place + 1)
+    return False
 
 
 def _flow(opcode: str, guarded: bool, operands: str) -> str:
