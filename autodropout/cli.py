@@ -61,7 +61,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     show.add_argument("policy", help=f"a policy file, or one of the shipped policies: {', '.join(shipped_policies())}")
     show.add_argument("-o", "--output", required=True, help=f"the file to write ({', '.join(SUFFIXES)})")
     show.add_argument(
-        "--map", type=_map_size, default=32, metavar="SIDE", help="side of the map in cells (default: %(default)s)"
+        "--map",
+        type=_map_size,
+        default=32,
+        metavar="SIDE",
+        help="side of the map in cells; of a Transformer: tokens, and channels (default: %(default)s)",
     )
     return parser, {"show": _show, **add_commands(commands)}
 

@@ -13,12 +13,14 @@ import torch
 from .patterns import Pattern
 from .patterns import TokenPattern
 from .patterns.checks import integer
+from .policy import LAYER_PLACES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
     from .policy import Policy
+    from .policy import Site
 
 PLACEMENTS = 8  # panels of a row: the first channel of so many samples
 MAX_MAP = 512  # more cells than a panel has dots
@@ -34,7 +36,8 @@ MARGIN, LABEL, PANEL, GAP, TITLE, HEAD, BETWEEN = 0.1, 1.2, 0.86, 0.07, 0.2, 0.2
 def draw_policy(policy: Policy, map_size: int = 32) -> Figure:
     """Draws each site as a row of placements on a map of map_size x map_size cells.
 
-    For token patterns these are sequences of map_size tokens, one a row, with map_size channels.
+    At the places of a Transformer, and of token patterns anywhere, these are sequences of map_size tokens, one a row,
+    with map_size channels; at a softmax the tokens are keys, and the channels the queries of one head.
 
     The seeds are fixed (row i draws with seed i), so the same policy gives the same figure.
 
@@ -70,7 +73,7 @@ def draw_policy(policy: Policy, map_size: int = 32) -> Figure:
         # parse_math: a dollar sign in the name of a site is a dollar sign.
         return figure.text(x / width, 1 - y / height, string, parse_math=False, **style)
 
-    heading = f"{PLACEMENTS} random placements per site on a map of {map_size}\u00d7{map_size} cells"
+    heading = f"{PLACEMENTS} random placements per site {_canvas(policy, map_size)}"
     text(left, MARGIN, heading, size=9, weight="bold", color=INK, va="top")
     figure.legend(
         handles=[Patch(facecolor=DROPPED, label="dropped"), Patch(facecolor=KEPT, edgecolor=EDGE, label="kept")],
@@ -92,7 +95,7 @@ def draw_policy(policy: Policy, map_size: int = 32) -> Figure:
         _cut(name, (LABEL - GAP) * figure.dpi)
         where = f"depth {site.depth:.3g}" if site.place == "batch_norm" else f"depth {site.depth:.3g}, {site.place}"
         text(MARGIN, middle + 0.04, where, size=7.5, color=MUTED, va="top")
-        text(left, top + TITLE - 0.055, _describe(site.pattern), size=7.5, color=INK, va="baseline")
+        text(left, top + TITLE - 0.055, _describe(site), size=7.5, color=INK, va="baseline")
         label = f"expected rate {100 * _expected_rate(site.pattern, map_size):.3g}%"
         text(width - MARGIN, top + TITLE - 0.055, label, size=7.5, color=INK, ha="right", va="baseline")
         for j, mask in enumerate(_masks(site.pattern, map_size, seed=i)):
@@ -142,8 +145,22 @@ def _expected_rate(pattern: Pattern | None, map_size: int) -> float:
     return pattern.expected_rate(map_size, map_size)
 
 
-def _describe(pattern: Pattern | None) -> str:
+def _of_tokens(site: Site) -> bool:
+    return site.place in LAYER_PLACES or isinstance(site.pattern, TokenPattern)
+
+
+def _canvas(policy: Policy, map_size: int) -> str:
+    kinds = {_of_tokens(site) for site in policy.sites}
+    if len(kinds) == 2:
+        return f"on {map_size}\u00d7{map_size} cells, or tokens by channels"
+    if True in kinds:
+        return f"in sequences of {map_size} tokens, with {map_size} channels"
+    return f"on a map of {map_size}\u00d7{map_size} cells"
+
+
+def _describe(site: Site) -> str:
     """Kind, and the fields that differ from their defaults, as in `block: rate 0.1, block_size 7`."""
+    pattern = site.pattern
     if pattern is None:
         return "off: nothing is dropped"
     shown = []
@@ -158,8 +175,8 @@ def _describe(pattern: Pattern | None) -> str:
         else:
             number = f"{value:.3g}".replace("-", "\u2212") if isinstance(value, (int, float)) else value
             shown.append(f"{f.name} {number}\u00b0" if f.name == "rotate" else f"{f.name} {number}")
-    axes = " (tokens down, channels across)" if isinstance(pattern, TokenPattern) else ""
-    return f"{pattern.op}: {', '.join(shown)}{axes}"
+    axes = "keys down, queries across" if site.place == "softmax" else "tokens down, channels across"
+    return f"{pattern.op}: {', '.join(shown)}{f' ({axes})' if _of_tokens(site) else ''}"
 
 
 def _cut(label: Text, width: float) -> None:

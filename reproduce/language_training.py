@@ -62,10 +62,14 @@ def build_language_model(recipe: LanguageRecipe, vocabulary: int, outside: Outsi
 
 def put_policy(model: TransformerXL, policy: Policy, recipe: LanguageRecipe) -> None:
     """Puts a policy on a model that has none; its rates are checked on a segment with its memory."""
-    words = torch.zeros(1, recipe.segment, dtype=torch.long)
-    memories = torch.zeros(recipe.size.layers, 1, recipe.memory, recipe.size.width)
     if any(site.pattern is not None for site in policy.sites):
-        apply_policy(model, policy, example=(words, words, memories))
+        apply_policy(model, policy, example=example_input(recipe))
+
+
+def example_input(recipe: LanguageRecipe) -> tuple[Tensor, Tensor, Tensor]:
+    """A segment with its memory, from which `find_sites` and `apply_policy` learn the lengths."""
+    words = torch.zeros(1, recipe.segment, dtype=torch.long)
+    return words, words, torch.zeros(recipe.size.layers, 1, recipe.memory, recipe.size.width)
 
 
 def train_language_model(

@@ -75,6 +75,7 @@ def method_label(method: str, policy_name: str, origin: str) -> str:
         "spatialdropout": "SpatialDropout",
         "dropblock": "DropBlock",
         "stochasticdepth": "Stochastic depth",
+        "variational": "Variational dropout",
     }
     return labels.get(method, f"AutoDropout ({policy_name}, {origin})")
 

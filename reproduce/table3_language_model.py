@@ -33,6 +33,7 @@ from autodropout.reproduce.experiment import Settings
 from autodropout.reproduce.language_task import METHODS
 from autodropout.reproduce.language_task import LanguageTask
 from autodropout.reproduce.language_training import LanguageRecipe
+from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.methods import open_policy
 from autodropout.reproduce.methods import policy_origin
 from autodropout.reproduce.models.transformer_xl import PENN_TREEBANK
@@ -48,7 +49,6 @@ POLICY = "hand-lm-v0"
 # AutoDropout with Transformer-XL on Penn Treebank as a leaderboard quotes it. No other number is known.
 PAPER = {"valid_perplexity": "58.1", "perplexity": "54.9"}
 PENN_TREEBANK_TEXT = "3ed3b5c1e5b5"  # fingerprint of Mikolov's version
-LABELS = {"none": "none", "dropout": "Dropout", "variational": "Variational dropout"}
 SPLITS = {"valid_perplexity": "validation", "perplexity": "test"}
 
 
@@ -221,10 +221,9 @@ def _title(task: LanguageTask, split: str) -> list[str]:
 def _rows(task: LanguageTask, results: Sequence[Result], metric: str) -> list[Row]:
     settings = task.settings
     known = _of_penn_treebank(task) and settings.recipe.size == PENN_TREEBANK
-    learned = f"AutoDropout ({settings.policy_name}, {policy_origin(settings.policy)})"
     return [
         Row(
-            LABELS.get(result.method, learned),
+            method_label(result.method, settings.policy_name, policy_origin(settings.policy)),
             result.strength,
             tuple(record[metric] for record in result.records),
             PAPER[metric] if known and result.method == "autodropout" else None,

@@ -17,6 +17,7 @@ from autodropout.draw import save_figure
 from autodropout.patterns import BernoulliPattern
 from autodropout.patterns import BlockPattern
 from autodropout.patterns import TiledPattern
+from autodropout.patterns import TokenPattern
 from autodropout.policy import Policy
 from autodropout.policy import Site
 from autodropout.policy import load_policy
@@ -30,6 +31,16 @@ MIXED = Policy(
         Site("block", 0.6, pattern=BlockPattern(0.1, 7, share_c=True)),
         Site("unlimited", 0.8, pattern=TiledPattern(0.125, 0.25, repeat=0, rotate=-20)),
         Site("longest", 1.0, pattern=LONGEST),
+    )
+)
+
+SPANS = TokenPattern(4, 12, rate=0.4, share_t=True)
+TOKENS = Policy(
+    (
+        Site("layers.0.query", 0.0, "query", SPANS),
+        Site("layers.0.softmax", 0.0, "softmax", TokenPattern(2**29, rate=0.123456, share_t=True, share_c=True)),
+        Site("layers.0.output", 0.5, "output", BernoulliPattern(0.25)),
+        Site("layers.0.residual", 1.0, "residual", None),
     )
 )
 
@@ -67,8 +78,33 @@ def test_rows_state_pattern_depth_and_exact_rate() -> None:
     assert rows[5][3] == f"expected rate {100 * LONGEST.expected_rate(16, 16):.3g}%"
 
 
-def test_nothing_leaves_the_page_or_overlaps() -> None:
-    figure = draw_policy(MIXED, 8)
+def test_sites_of_a_transformer_are_tokens_by_channels() -> None:
+    figure = draw_policy(TOKENS, 20)
+    shown = texts(figure)
+    assert shown[0] == "8 random placements per site in sequences of 20 tokens, with 20 channels"
+    assert shown[1:5] == [
+        "layers.0.query",
+        "depth 0, query",
+        "token: size 4, stride 12, rate 0.4, share_t (tokens down, channels across)",
+        "expected rate 10%",
+    ]
+    assert shown[7].endswith("share_t, share_c (keys down, queries across)")
+    assert shown[11] == "bernoulli: rate 0.25 (tokens down, channels across)"
+    assert shown[15] == "off: nothing is dropped"
+    panels = {axes.get_label(): np.asarray(axes.images[0].get_array()) for axes in figure.axes}
+    expected = SPANS.mask(PLACEMENTS, 20, 20, seed=0).numpy()
+    assert all(np.array_equal(panels[f"0.{j}"], expected[j]) for j in range(PLACEMENTS))
+    runs = [np.diff(column).nonzero()[0].size for column in panels["0.0"].T]
+    assert max(runs) <= 4, "a span is a vertical bar: at most two begin and end in 20 tokens"
+    both = Policy((*MIXED.sites, *TOKENS.sites))
+    assert texts(draw_policy(both, 20))[0] == "8 random placements per site on 20\u00d720 cells, or tokens by channels"
+
+
+@pytest.mark.parametrize(
+    ("policy", "side"), [(MIXED, 8), (TOKENS, 8), (TOKENS, 512), (Policy((*MIXED.sites, *TOKENS.sites)), 512)]
+)
+def test_nothing_leaves_the_page_or_overlaps(policy: Policy, side: int) -> None:
+    figure = draw_policy(policy, side)
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.texts]
     boxes += [axes.get_window_extent() for axes in figure.axes]

@@ -18,6 +18,7 @@ from autodropout.reproduce.data import open_data
 from autodropout.reproduce.recipes import cifar10
 from autodropout.reproduce.recipes import cifar10_small
 from autodropout.reproduce.recipes import digits
+from autodropout.reproduce.recipes import language_model
 from autodropout.reproduce.table2_cifar import PRESETS
 from autodropout.reproduce.training import train_model
 from autodropout.search.conv_space import KINDS
@@ -26,7 +27,7 @@ from autodropout.search.recipe import find_recipe
 from autodropout.search.recipe import load_recipe
 from autodropout.search.recipe import shipped_recipes
 
-ALL = {"cifar10": cifar10, "cifar10_small": cifar10_small, "digits": digits}
+ALL = {"cifar10": cifar10, "cifar10_small": cifar10_small, "digits": digits, "language_model": language_model}
 CPU = torch.device("cpu")
 
 
@@ -45,7 +46,7 @@ def test_all_are_found_by_name() -> None:
     assert set(shipped_recipes()) == set(ALL)
     for name, module in ALL.items():
         recipe = load_recipe(find_recipe(name))
-        assert (recipe.name, recipe.direction) == (name, "max")
+        assert (recipe.name, recipe.direction) == (name, "min" if module is language_model else "max")
         assert recipe.path == Path(module.__file__ or "").resolve()
 
 

@@ -46,5 +46,38 @@ def test_section_pairs_by_seed(tmp_path: Path) -> None:
     assert "5 models in 8 s on cpu, 1 thread(s); commit unknown; data fingerprint 0123456789ab" in text
 
 
+def language_line(method: str, seed: int, perplexity: float) -> str:
+    size = {"layers": 2, "width": 64, "heads": 4, "inner": 128, "cutoffs": []}
+    record = json.loads(line(method, seed, 0.0)) | {
+        "experiment": "table3_language_model",
+        "perplexity": perplexity,
+        "valid_perplexity": perplexity + 2,
+        "parameters": 123456,
+        "arguments": {
+            "size": size,
+            "epochs": 16,
+            "evaluation_memory": 64,
+            "train_tokens": 9000,
+            "evaluation_tokens": 1234,
+        },
+    }
+    del record["accuracy"]
+    return json.dumps(record)
+
+
+def test_section_of_language_models_has_both_texts(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    lines = [language_line("none", 0, 50.0), language_line("none", 1, 51.0)]
+    lines += [language_line("variational", 1, 48.0), language_line("variational", 0, 45.0)]
+    path.write_text("\n".join(lines) + "\n")
+    text = section(path)
+    assert "preset demo: digits, Transformer-XL of 2 layers of width 64" in text
+    assert "123,456 parameters, 9,000 training words, 16 epochs; 1,234 test words, each from at least 64" in text
+    assert "| method | tuned strength | seeds | validation perplexity | test perplexity | difference to none |" in text
+    # Two values 1 apart: 12.7062 * 0.7071 / sqrt(2) = 6.35; 3 apart: 19.06; differences -5 and -3.
+    assert "| none | – | 2 | 52.50 ± 6.35 | 50.50 ± 6.35 | – |" in text
+    assert "| Variational dropout | 0.1 | 2 | 48.50 ± 19.06 | 46.50 ± 19.06 | -4.00 ± 12.71 |" in text
+
+
 def test_the_committed_page_is_generated() -> None:
     assert (ROOT / "docs/results.md").read_text() == page(sorted((ROOT / "results").glob("*.jsonl")))

@@ -203,11 +203,13 @@ def test_policies_hold_token_patterns(tmp_path: Path) -> None:
 def test_maps_are_refused_by_name() -> None:
     """There are no tokens on the output of a batch normalisation."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    for example in (torch.randn(2, 3, 5, 6), None):
+        with pytest.raises(ValueError, match=r"^pattern must be a pattern of maps at place 'batch_norm', got TokenPat"):
+            apply_policy(model, Policy.uniform(EXAMPLES[0]), example)
     with pytest.raises(ValueError, match=r"^pattern must be one of maps to be used on one of 5x6 cells, got TokenPat"):
-        apply_policy(model, Policy.uniform(EXAMPLES[0]), torch.randn(2, 3, 5, 6))
-    apply_policy(model, Policy.uniform(EXAMPLES[0]))
+        EXAMPLES[0].expected_rate(5, 6)
     with pytest.raises(ValueError, match=r"^x must have 3 dimensions for layout 'NTC', got shape \(2, 4, 5, 6\)$"):
-        model(torch.randn(2, 3, 5, 6))
+        PatternDropout(EXAMPLES[0])(torch.randn(2, 4, 5, 6))
 
 
 def test_figure_shows_tokens_by_channels() -> None:
