@@ -41,7 +41,7 @@ RECIPE = LanguageRecipe(
     segment=32,
     memory=32,
     evaluation_memory=64,
-    learning_rate=2e-3,
+    learning_rate=4e-3,
     warmup=50,
 )
 OUTSIDE = Outside(OUTSIDE_RATE)
