@@ -40,19 +40,8 @@ from page import sources_of
 ROOT = Path(__file__).parent.parent
 
 # What the page predicts to be bound by issue on an H100. It should be nothing; who mends one takes it out here.
-ISSUE_ON_H100 = {
-    ("dropout", "32x2048x7x7", "channels_last", "bf16"),
-    ("spatial dropout", "32x2048x7x7", "contiguous", "bf16"),
-    ("token", "150x60x410", "TNC", "bf16"),
-    ("batch norm + tiled + ReLU", "32x2048x7x7", "contiguous", "fp32"),
-    ("batch norm + tiled + ReLU", "32x2048x7x7", "contiguous", "bf16"),
-    ("batch norm + tiled + ReLU", "32x2048x7x7", "channels_last", "bf16"),
-    ("batch norm + tiled + ReLU, backward", "32x2048x7x7", "contiguous", "fp32"),
-    ("batch norm + tiled + ReLU, backward", "32x2048x7x7", "contiguous", "bf16"),
-    ("softmax + token", "60x10x150x300", "NHQK", "bf16"),
-    ("softmax + token", "16x16x384x768", "NHQK", "bf16"),
-    ("softmax + token, backward", "60x10x150x300", "NHQK", "bf16"),
-}
+# With Triton 3.8 memory takes 3% longer there, with 3.9 the ALU a fraction of a percent.
+ISSUE_ON_H100 = {("dropout", "32x2048x7x7", "channels_last", "bf16")}
 
 
 def test_the_committed_page_was_made_of_these_sources() -> None:
@@ -106,17 +95,17 @@ def test_page_bounds() -> None:
 # bf16 for a batch norm or a sum, 100 for a backward, 40 for a softmax (docs/fused.md).
 MOST_INSTRUCTIONS = {
     ("batch norm + tiled + ReLU", "128x160x32x32"): 44,
-    ("batch norm + tiled + ReLU", "32x2048x7x7"): 143,
-    ("batch norm + tiled + ReLU, backward", "128x160x32x32"): 69,
-    ("batch norm + tiled + ReLU, backward", "32x2048x7x7"): 188,
+    ("batch norm + tiled + ReLU", "32x2048x7x7"): 58,
+    ("batch norm + tiled + ReLU, backward", "128x160x32x32"): 66,
+    ("batch norm + tiled + ReLU, backward", "32x2048x7x7"): 94,
     ("residual + drop path", "128x160x32x32"): 12,
     ("residual + drop path", "32x2048x7x7"): 12,
     ("residual + tiled", "128x160x32x32"): 28,
     ("residual + tiled", "32x2048x7x7"): 48,
-    ("softmax + token", "60x10x150x300"): 72,
-    ("softmax + token", "16x16x384x768"): 51,
-    ("softmax + token, backward", "60x10x150x300"): 68,
-    ("softmax + token, backward", "16x16x384x768"): 48,
+    ("softmax + token", "60x10x150x300"): 36,
+    ("softmax + token", "16x16x384x768"): 35,
+    ("softmax + token, backward", "60x10x150x300"): 45,
+    ("softmax + token, backward", "16x16x384x768"): 43,
 }
 
 
