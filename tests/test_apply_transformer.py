@@ -95,7 +95,7 @@ def test_masks_are_those_of_the_pattern_in_the_layout_of_the_place(place: str, s
 
 
 def test_a_step_of_training_drops_the_masks_of_the_patterns() -> None:
-    """At all places of all layers at once, with a memory. The embedded words draw a seed first, then site after site."""
+    """At all places of all layers at once, with a memory. The embedded words draw a seed first, then every site one."""
     model, memories = a_model(), torch.randn(2, 2, 4, 12)
     patterns = [TokenPattern(1 + i % 3, i % 2, rate=0.5, share_t=i % 4 < 2, share_c=i % 5 == 4) for i in range(14)]
     places = [(layer, place) for layer in range(2) for place in LAYER_PLACES]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import check_kills
 
 from autodropout.reproduce import table3_language_model as script
 from autodropout.reproduce.corpus import open_corpus
@@ -52,6 +53,14 @@ def test_to_the_table_and_again(folder: Path, capsys: pytest.CaptureFixture[str]
     assert script.main(["--data", "."]) == 0
     assert capsys.readouterr().out == first
     assert results.read_bytes() == before
+
+
+def test_kill_9_and_the_same_command_end_in_the_same_table(tmp_path: Path) -> None:
+    for split, text in TEXT.items():
+        (tmp_path / f"{split}.txt").write_text(text * (8 if split == "train" else 1))
+    tiny = ["--data", str(tmp_path), "--epochs", "2", "--seeds", "1", "--methods", "none,autodropout"]
+    table = check_kills(Path(script.__file__), tmp_path, tiny, models=3 + 2)
+    assert "test perplexity" in table
 
 
 @pytest.mark.parametrize("preset", script.PRESETS)
