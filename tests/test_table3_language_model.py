@@ -74,7 +74,7 @@ def test_a_dry_run_trains_nothing(preset: str, folder: Path, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["--preset", "small"], "preset small needs a text: give --data DIR"),
-        (["--data", "missing"], "data must be 'pydoc' or a folder with train.txt"),
+        (["--data", "missing"], "data must be 'pydoc', 'hub' or a folder with train.txt"),
         (["--policy", "hand-v0"], "autodropout at strength 0.5: model has no sites of place 'batch_norm'"),
     ],
 )
