@@ -1,5 +1,7 @@
 """Word-level corpora for language models: Penn Treebank and WikiText-2 from a folder, and one that every CPython has.
 
+Nothing is downloaded unless asked for.
+
 The words of the training text are the vocabulary, by falling frequency; a word that only occurs elsewhere is `<unk>`.
 Each line ends with `<eos>`, as in the published counts of tokens.
 """
@@ -18,6 +20,8 @@ from pathlib import Path
 import torch
 
 PYDOC = "pydoc"
+HUB = "hub"
+HUB_NAME = ("Salesforce/wikitext", "wikitext-2-v1")
 SPLITS = ("train", "valid", "test")
 UNKNOWN, END = "<unk>", "<eos>"
 # Of the words of `pydoc`, those that occur less often in the training text are unknown.
@@ -49,22 +53,42 @@ class Corpus:
 
 
 def open_corpus(source: str) -> Corpus:
-    """The corpus `"pydoc"`, or that of a folder with `train.txt`, `valid.txt` and `test.txt`, gzipped or not.
+    """The corpus `"pydoc"`, `"hub"`, or that of a folder with `train.txt`, `valid.txt` and `test.txt`, gzipped or not.
 
     Raises:
-        ValueError: neither, a file is missing, or a text has no words.
+        ValueError: none of them, a file is missing, a download fails, or a text has no words.
         OSError: a file cannot be read.
     """
+    if source == HUB:
+        return hub_corpus()
     return pydoc_corpus() if source == PYDOC else folder_corpus(Path(source))
 
 
 def folder_corpus(folder: Path) -> Corpus:
     """A sentence, or a paragraph, a line; words are separated by blanks."""
     if not folder.is_dir():
-        raise ValueError(f"data must be {PYDOC!r} or a folder with train.txt, valid.txt and test.txt, got {folder}")
+        raise ValueError(
+            f"data must be {PYDOC!r}, {HUB!r} or a folder with train.txt, valid.txt and test.txt, got {folder}"
+        )
     texts = [_text(folder, split) for split in SPLITS]
     lines = [[line.split() for line in text.splitlines()] for text in texts]
     return _corpus(folder.resolve().name, lines, texts, least=1)
+
+
+def hub_corpus() -> Corpus:
+    """WikiText-2 by word, downloaded through `datasets` (or from its cache); its rows are lines."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(*HUB_NAME)
+        rows = [list(loaded[split]["text"]) for split in ("train", "validation", "test")]
+    except Exception as error:  # datasets, pyarrow, fsspec and the hub's client raise types without a common base
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"cannot read WikiText-2 from {HUB_NAME[0]}: {cause[:300]}") from error
+    lines = [[row.split() for row in part] for part in rows]
+    texts = ["\n".join(" ".join(words) for words in part) for part in lines]
+    return _corpus("WikiText-2", lines, texts, least=1)
 
 
 def pydoc_corpus() -> Corpus:

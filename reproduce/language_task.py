@@ -112,7 +112,7 @@ class LanguageTask(Task):
         )
         evaluated = corpus.valid if job.phase == "tune" else corpus.test
         value = perplexity(model, recipe, evaluated, corpus.start)
-        figures = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+        figures: dict[str, float] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         if job.phase == "final":
             figures["valid_perplexity"] = perplexity(model, recipe, corpus.valid, corpus.start)
         return Trained(

@@ -25,6 +25,7 @@ from autodropout.reproduce.command import Parser
 from autodropout.reproduce.command import count
 from autodropout.reproduce.command import run_with_progress
 from autodropout.reproduce.command import some_of
+from autodropout.reproduce.corpus import HUB
 from autodropout.reproduce.corpus import PYDOC
 from autodropout.reproduce.corpus import open_corpus
 from autodropout.reproduce.experiment import Experiment
@@ -170,7 +171,7 @@ def _parser() -> Parser:
         "--data",
         metavar="DIR",
         help=f"folder with train.txt, valid.txt and test.txt, or gzipped (default: ptb in ${DATA_VARIABLE}; demo: "
-        f"{PYDOC}); '{PYDOC}' is the language reference that comes with Python",
+        f"{PYDOC}); '{PYDOC}' is the language reference that comes with Python, '{HUB}' downloads WikiText-2",
     )
     parser.add_argument(
         "--policy",

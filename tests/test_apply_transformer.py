@@ -94,6 +94,49 @@ def test_masks_are_those_of_the_pattern_in_the_layout_of_the_place(place: str, s
     assert (y == 0).any()
 
 
+def test_a_step_of_training_drops_the_masks_of_the_patterns() -> None:
+    """At all places of all layers at once, with a memory. The embedded words draw a seed first, then every site one."""
+    model, memories = a_model(), torch.randn(2, 2, 4, 12)
+    patterns = [TokenPattern(1 + i % 3, i % 2, rate=0.5, share_t=i % 4 < 2, share_c=i % 5 == 4) for i in range(14)]
+    places = [(layer, place) for layer in range(2) for place in LAYER_PLACES]
+    sites = [
+        Site(f"{layer}.{place}", float(layer), place, p) for (layer, place), p in zip(places, patterns, strict=True)
+    ]
+    applied = {site.name: site.pattern for site in apply_policy(model, Policy(tuple(sites)))}
+    seen: list[tuple[Pattern | None, str, torch.Tensor, torch.Tensor]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PatternSite):
+
+            def keep(module: nn.Module, x: tuple[torch.Tensor], y: torch.Tensor, name: str = name) -> None:
+                assert isinstance(module, PatternSite)
+                before = x[0].softmax(-1) if module.place == "softmax" else x[0]
+                seen.append((applied[name], module.layout, before.detach(), y.detach()))
+
+            module.register_forward_hook(keep)
+    torch.manual_seed(11)
+    _, *seeds = [torch.ops.autodropout.draw_seed(device=torch.device("cpu")) for _ in (None, *places)]
+    torch.manual_seed(11)
+    model(WORDS, WORDS, memories)
+    assert len(seen) == len(seeds)
+    for (pattern, layout, before, after), seed in zip(seen, seeds, strict=True):
+        assert isinstance(pattern, TokenPattern)
+        kept = mask_in(layout, pattern, before.shape, seed)
+        dropped = (after == 0) & (before != 0)  # a hidden value may be 0 itself, and a later key's weight is
+        assert torch.equal(dropped, ~kept & (before != 0))
+        assert dropped.any()
+
+
+def mask_in(layout: str, pattern: TokenPattern, shape: torch.Size, seed: torch.Tensor) -> torch.Tensor:
+    """`pattern.mask`, from (N, T, C) to the layout, by its definition."""
+    if layout == "NTC":
+        return pattern.mask(*shape, seed=seed)
+    n, heads, third, fourth = shape
+    if layout == "NHTD":
+        return pattern.mask(n, third, heads * fourth, seed).view(n, third, heads, fourth).permute(0, 2, 1, 3)
+    assert layout == "NHQK"
+    return pattern.mask(n, fourth, heads * third, seed).view(n, fourth, heads, third).permute(0, 2, 3, 1)
+
+
 def test_copies_and_pickles_keep_their_patterns() -> None:
     model = a_model()
     apply_policy(model, policy_of(PATTERN))

@@ -6,6 +6,7 @@ import gzip
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 
 from autodropout.reproduce.corpus import open_corpus
@@ -62,7 +63,7 @@ def test_the_language_reference_of_python() -> None:
     ("missing", "message"),
     [
         ("train", r"data must have train.txt or train.txt.gz, got the folder"),
-        (None, r"data must be 'pydoc' or a folder"),
+        (None, r"data must be 'pydoc', 'hub' or a folder"),
     ],
 )
 def test_a_folder_without_a_text_is_refused(tmp_path: Path, missing: str | None, message: str) -> None:
@@ -77,6 +78,44 @@ def test_a_text_without_words_is_refused(tmp_path: Path) -> None:
     (a_folder(tmp_path) / "valid.txt").write_text("")
     with pytest.raises(ValueError, match="valid must have at least 2 tokens, got 0"):
         open_corpus(str(tmp_path))
+
+
+def test_rows_of_a_download_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub has them: a row ends with a newline, an empty one does not."""
+    rows = {"train": [" b a b \n", "", " b \n"], "validation": [" a c \n"], "test": ["", " b \n"]}
+    asked: list[tuple[str, ...]] = []
+
+    def load_dataset(*name: str) -> dict[str, dict[str, list[str]]]:
+        asked.append(name)
+        return {split: {"text": lines} for split, lines in rows.items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    corpus = open_corpus("hub")
+    assert asked == [("Salesforce/wikitext", "wikitext-2-v1")]
+    assert corpus.words == ("<eos>", "b", "a", "<unk>")
+    assert [part.tolist() for part in (corpus.train, corpus.valid, corpus.test)] == [
+        [1, 2, 1, 0, 0, 1, 0],
+        [2, 3, 0],
+        [0, 1, 0],
+    ]
+    assert corpus.title == "WikiText-2"
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*name: str) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="^cannot read WikiText-2 from Salesforce/wikitext: no network$"):
+        open_corpus("hub")
+
+
+@pytest.mark.skipif(
+    not os.environ.get("AUTODROPOUT_HUB"), reason="downloads WikiText-2: set AUTODROPOUT_HUB=1 to allow it"
+)
+def test_hub() -> None:
+    corpus = open_corpus("hub")
+    assert (len(corpus.train), len(corpus.valid), len(corpus.test)) == (2_088_628, 217_646, 245_569)
 
 
 @pytest.mark.skipif(DATA is None, reason="needs real data: set AUTODROPOUT_DATA to the folder that holds the data sets")

@@ -7,15 +7,16 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import check_kills
+from scripts import records
+from scripts import start
+from scripts import wait_for
 
 from autodropout import Policy
 from autodropout import Site
@@ -50,64 +51,13 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("AUTODROPOUT_DATA", raising=False)
 
 
-def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell without job control starts background jobs deaf to Ctrl-C, and their children inherit it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
-
-
-def records(folder: Path) -> list[dict[str, object]]:
-    (path,) = (folder / "results").glob("*.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def result(record: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in record.items() if name not in ("seconds", "finished", "commit")}
-
-
-def wait_for(folder: Path, process: subprocess.Popen[str], finished: int) -> None:
-    """Until that many models are finished and another one is in training."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        runs = list((folder / "runs").glob("*"))
-        if runs and len(list(runs[0].glob("*.json"))) > finished and list(runs[0].glob("*.pt")):
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    raise AssertionError("no progress in two minutes")
-
-
 def test_kill_9_and_the_same_command_end_in_the_same_table(tmp_path: Path) -> None:
-    through, killed = tmp_path / "through", tmp_path / "killed"
-    expected = finish(command(through, *TINY))
-    for finished in (1, TINY_MODELS - 3):
-        process = command(killed, *TINY)
-        wait_for(killed, process, finished)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert len(records(killed)) < TINY_MODELS
-    assert finish(command(killed, *TINY)) == expected
-    assert [result(r) for r in records(killed)] == [result(r) for r in records(through)]
-    assert len({record["key"] for record in records(killed)}) == TINY_MODELS
+    check_kills(SCRIPT, tmp_path, TINY, TINY_MODELS)
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
-    process = command(folder, *TINY)
+    process = start(SCRIPT, folder, *TINY)
     wait_for(folder, process, 1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

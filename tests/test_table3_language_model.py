@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import check_kills
 
 from autodropout.reproduce import table3_language_model as script
 from autodropout.reproduce.corpus import open_corpus
@@ -54,6 +55,14 @@ def test_to_the_table_and_again(folder: Path, capsys: pytest.CaptureFixture[str]
     assert results.read_bytes() == before
 
 
+def test_kill_9_and_the_same_command_end_in_the_same_table(tmp_path: Path) -> None:
+    for split, text in TEXT.items():
+        (tmp_path / f"{split}.txt").write_text(text * (8 if split == "train" else 1))
+    tiny = ["--data", str(tmp_path), "--epochs", "2", "--seeds", "1", "--methods", "none,autodropout"]
+    table = check_kills(Path(script.__file__), tmp_path, tiny, models=3 + 2)
+    assert "test perplexity" in table
+
+
 @pytest.mark.parametrize("preset", script.PRESETS)
 def test_a_dry_run_trains_nothing(preset: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--preset", preset, "--data", ".", "--dry-run"]) == 0
@@ -65,7 +74,7 @@ def test_a_dry_run_trains_nothing(preset: str, folder: Path, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["--preset", "small"], "preset small needs a text: give --data DIR"),
-        (["--data", "missing"], "data must be 'pydoc' or a folder with train.txt"),
+        (["--data", "missing"], "data must be 'pydoc', 'hub' or a folder with train.txt"),
         (["--policy", "hand-v0"], "autodropout at strength 0.5: model has no sites of place 'batch_norm'"),
     ],
 )

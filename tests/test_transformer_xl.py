@@ -8,6 +8,11 @@ import numpy
 import pytest
 import torch
 
+from autodropout import Policy
+from autodropout import Site
+from autodropout import TokenPattern
+from autodropout import apply_policy
+from autodropout.policy import LAYER_PLACES
 from autodropout.reproduce.models.transformer_xl import INIT_STD
 from autodropout.reproduce.models.transformer_xl import PENN_TREEBANK
 from autodropout.reproduce.models.transformer_xl import RelativeAttention
@@ -19,6 +24,8 @@ from autodropout.reproduce.models.transformer_xl import sinusoids
 SMALL = Size(layers=3, width=12, heads=3, inner=20)
 # float64: sums of at most 2^6 products of magnitude at most 2^4 in a few layers of layer norms, which may magnify.
 ROUNDING = 2.0**-36
+# Frozen: of `test_losses_are_those_of_the_loops_and_stay`.
+GOLDEN_LOSS = 2.48157
 
 
 def naive_attention(attention: RelativeAttention, x: numpy.ndarray, memory: numpy.ndarray) -> numpy.ndarray:
@@ -46,6 +53,75 @@ def naive_attention(attention: RelativeAttention, x: numpy.ndarray, memory: nump
                 out[t, part] += weights[j] * (weight["to_value.weight"] @ seen[j])[part]
     result: numpy.ndarray = out @ weight["to_output.weight"].T
     return result
+
+
+def naive_losses(model: TransformerXL, words: numpy.ndarray, targets: numpy.ndarray) -> numpy.ndarray:
+    """(T,) of one text without memory, each step as the paper has it."""
+    weight = {name: value.detach().numpy() for name, value in model.named_parameters()}
+
+    def norm(x: numpy.ndarray, name: str) -> numpy.ndarray:
+        centred = x - x.mean(1, keepdims=True)
+        variance = (centred**2).mean(1, keepdims=True)
+        y: numpy.ndarray = centred / numpy.sqrt(variance + 1e-5) * weight[f"{name}.weight"] + weight[f"{name}.bias"]
+        return y
+
+    x = weight["embedding.weight"][words] * math.sqrt(model.size.width)
+    for number, layer in enumerate(model.layers):
+        at = f"layers.{number}"
+        x = norm(x + naive_attention(layer.attention, x, x[:0]), f"{at}.norm_attention")
+        hidden = numpy.maximum(x @ weight[f"{at}.up.weight"].T + weight[f"{at}.up.bias"], 0)
+        x = norm(x + hidden @ weight[f"{at}.down.weight"].T + weight[f"{at}.down.bias"], f"{at}.norm_feed_forward")
+    logits = x @ weight["embedding.weight"].T + weight["bias"]
+    losses: numpy.ndarray = numpy.log(numpy.exp(logits).sum(1)) - logits[range(len(targets)), targets]
+    return losses
+
+
+def with_stated_weights(model: TransformerXL) -> TransformerXL:
+    """In float64, the weights without any generator: 0.4 sin(1), 0.4 sin(2), ... in order of registration."""
+    model.double()
+    first = 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            steps = torch.arange(first, first + parameter.numel(), dtype=torch.float64)
+            parameter.copy_(0.4 * steps.sin().view_as(parameter))
+            first += parameter.numel()
+    return model
+
+
+def test_losses_are_those_of_the_loops_and_stay() -> None:
+    model = with_stated_weights(TransformerXL(11, SMALL))
+    text = torch.arange(15) ** 2 % 11
+    words, targets = text[:-1], text[1:]
+    first, memories = model(words[None, :6], targets[None, :6])
+    second, _ = model(words[None, 6:], targets[None, 6:], memories)
+    found = torch.cat((first, second), dim=1)[0].detach().numpy()
+    expected = naive_losses(model, words.numpy(), targets.numpy())
+    # The sinusoids are in float32, as above; three layers of layer norms.
+    numpy.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-14)
+    assert found.mean() == pytest.approx(GOLDEN_LOSS, abs=2.0**-14)
+
+
+def test_gradients_are_differences_of_the_loss() -> None:
+    """Of every weight, by a segment with memory and with the same mask at every place of every call."""
+    model = with_stated_weights(TransformerXL(5, Size(layers=1, width=4, heads=2, inner=4)))
+    pattern = TokenPattern(2, 1, rate=0.4)
+    apply_policy(model, Policy(tuple(Site(place, 0.0, place, pattern) for place in LAYER_PLACES)))
+    words, targets = torch.tensor([[0, 3, 1], [2, 2, 4]]), torch.tensor([[3, 1, 4], [2, 4, 0]])
+    memories = torch.arange(16, dtype=torch.float64).cos().view(1, 2, 2, 4)
+    names = [name for name, _ in model.named_parameters()]
+    values = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+
+    def loss(*weights: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(5)
+        losses, _ = torch.func.functional_call(
+            model, dict(zip(names, weights, strict=True)), (words, targets, memories)
+        )
+        return losses.sum()
+
+    with_masks = loss(*values)
+    assert not torch.equal(model.eval()(words, targets, memories)[0].sum(), with_masks)
+    model.train()
+    assert torch.autograd.gradcheck(loss, values)
 
 
 @pytest.mark.parametrize("memory", [0, 1, 4])

@@ -183,7 +183,7 @@ class TransformerXL(nn.Module):
         if memories is None:
             memories = self.embedding.weight.new_zeros(self.size.layers, len(words), 0, self.size.width)
         x = self.dropout_in(self.embedding(words) * self.size.width**0.5)
-        positions = sinusoids(memories.shape[2] + words.shape[1], self.size.width).to(x)
+        positions = sinusoids(memories.shape[2] + words.shape[1], self.size.width, x.device).to(x.dtype)
         kept = []
         for layer, memory in zip(self.layers, memories, strict=True):
             kept.append(torch.cat((memory, x.detach()), dim=1))
@@ -198,9 +198,9 @@ class TransformerXL(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-def sinusoids(length: int, width: int) -> Tensor:
+def sinusoids(length: int, width: int, device: torch.device | None = None) -> Tensor:
     """(length, width) float32: sines, then cosines, of the distances length - 1, ..., 0 at falling frequencies."""
-    distances = torch.arange(length - 1, -1, -1.0)
-    frequencies = 10_000.0 ** -(torch.arange(0, width, 2.0) / width)
+    distances = torch.arange(length - 1, -1, -1.0, device=device)
+    frequencies = 10_000.0 ** -(torch.arange(0, width, 2.0, device=device) / width)
     angles = distances[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
