@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,16 @@ def case(
     def numbers(length: int) -> torch.Tensor:
         return torch.randn(n, h, length, d, generator=generator).to(dtype)
 
-    dropped = token_twin.dropped(n, keys, h * queries, *pattern, seed, *sharing, rank)
+    dropped = _dropped(n, keys, h * queries, *pattern, seed, *sharing, rank)
     scale = token_twin.scale(dropped, keys, *pattern, normalize)
     kept = torch.from_numpy(~token_twin.in_layout(dropped, "NHQK", h))
     return Case(
         numbers(queries), numbers(keys), numbers(keys), numbers(queries), kept, scale, 3 * d**-0.5, causal
     )  # fmt: skip
+
+
+# Every dtype has the same, and the twin takes its time.
+_dropped = lru_cache(token_twin.dropped)
 
 
 def check(got: dict[str, torch.Tensor], case: Case, rounded: bool) -> None:
