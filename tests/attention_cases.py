@@ -39,7 +39,7 @@ def case(
     causal: bool = False,
     pattern: tuple[int, int, float] = PATTERN,
 ) -> Case:
-    """Of samples, heads, queries, keys, head size. Weights differ by orders of magnitude: scores are about 3 wide."""
+    """Of samples, heads, queries, keys, head size. Weights differ by orders of magnitude."""
     n, h, queries, keys, d = shape
     generator = torch.Generator().manual_seed(seed % 2**32)
 
@@ -50,7 +50,7 @@ def case(
     scale = token_twin.scale(dropped, keys, *pattern, normalize)
     kept = torch.from_numpy(~token_twin.in_layout(dropped, "NHQK", h))
     return Case(
-        numbers(queries), numbers(keys), numbers(keys), numbers(queries), kept, scale, 3 * d**-0.5, causal
+        numbers(queries), numbers(keys), numbers(keys), numbers(queries), kept, scale, 1.5 * d**-0.5, causal
     )  # fmt: skip
 
 
@@ -61,8 +61,8 @@ _dropped = lru_cache(token_twin.dropped)
 def check(got: dict[str, torch.Tensor], case: Case, rounded: bool) -> None:
     """`got` has out, dq, dk, dv; `rounded` says that weights are rounded to the dtype before they are multiplied.
 
-    u is the rounding of the compute type, s of the dtype's where it has 16 bits, else 0; numbers of K keys, Q queries
-    and D of a head are added up. To first order, everything doubled to cover the second:
+    u is twice the rounding of the compute type, to cover second orders, s that of the dtype where it has 16 bits, else
+    0; numbers of K keys, Q queries and D of a head are added up. To first order:
 
     - A score is off by (D + 4) u A, A the largest sum of |q||k||factor| of its row. So is lse, the logarithm of a mean
       of such factors. Both, their difference and the running maximum are rounded, to 4 u (A + log K). exp makes all of
@@ -75,7 +75,7 @@ def check(got: dict[str, torch.Tensor], case: Case, rounded: bool) -> None:
     - Each result is rounded to s. What underflows in 16 bits is off by the smallest number t, also in products.
     """
     double = case.q.dtype == torch.float64
-    u = 2.0 * torch.finfo(torch.float64 if double else torch.float32).eps
+    u = torch.finfo(torch.float64 if double else torch.float32).eps  # twice what one rounding does
     narrow = case.q.dtype.itemsize == 2
     s = torch.finfo(case.q.dtype).eps if narrow else 0.0
     of_weights = s if rounded else 0.0

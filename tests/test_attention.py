@@ -8,6 +8,7 @@ import attention_cases as cases
 import mask_contracts as contracts
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import DTYPES
 from attention_cases import FIELDS
 from attention_cases import SHARING
@@ -16,8 +17,12 @@ from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
 
 from autodropout.kernels import attention
+from autodropout.kernels import softmax_token_dropout
 from autodropout.kernels import token_attention
 from autodropout.kernels import token_dropout
+from autodropout.reproduce.models.transformer_xl import RelativeAttention
+from autodropout.reproduce.models.transformer_xl import Size
+from autodropout.reproduce.models.transformer_xl import shifted
 
 OPS = torch.ops.autodropout
 NORMALIZE = ("expected", "mask", "none")
@@ -233,3 +238,42 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
         with pytest.raises(ValueError, match=f"implementation must be .* got 'triton' for {message}"):
             token_attention(x, x, x, FIELDS, 3, implementation="triton")
         assert token_attention(x, x, x, FIELDS, 3).shape == x.shape
+
+
+@torch.no_grad()
+def test_relative_positions_are_a_longer_head() -> None:
+    """Transformer-XL's scores by docs/attention.md, against its own formula with shifted scores, in float64.
+
+    A score has D + C terms, each with a rotation of 4 roundings or with an angle of up to K that is rounded once; the
+    softmax makes twice its error relative, sums over K keys and D in out add their lengths.
+    """
+    heads, head, queries, keys = 2, 6, 5, 9
+    layer = RelativeAttention(Size(layers=1, width=heads * head, heads=heads, inner=4)).double()
+    torch.nn.init.normal_(layer.u)
+    torch.nn.init.normal_(layer.v)
+    q, k, v = (torch.randn(2, heads, length, head, dtype=torch.float64) for length in (queries, keys, keys))
+    width = heads * head
+    frequencies = 10_000.0 ** -(torch.arange(0, width, 2.0, dtype=torch.float64) / width)
+    angles = torch.arange(keys)[:, None] * frequencies
+    place = torch.cat((angles.sin(), angles.cos()), -1)  # of position 0, 1, ...; of distances the other way round
+
+    r = layer._heads(layer.to_position(place.flip(0))[None])
+    terms = (q + layer.u) @ k.mT + shifted((q + layer.v) @ r.mT)
+    later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    weights = softmax_token_dropout((terms * head**-0.5).masked_fill(later, -torch.inf), FIELDS, SEED)
+
+    sin, cos = place[keys - queries :].chunk(2, -1)
+    rows = layer.to_position.weight.unflatten(0, (heads, head))
+    of_sin, of_cos = ((q + layer.v) @ rows).chunk(2, -1)
+    rotated = torch.cat((of_cos * sin - of_sin * cos, of_sin * sin + of_cos * cos), -1)
+    longer = (
+        torch.cat((q + layer.u, rotated), -1),
+        torch.cat((k, place.expand(2, heads, -1, -1)), -1),
+        F.pad(v, (0, width)),
+    )
+    out = token_attention(*longer, FIELDS, SEED, causal=True, scale=head**-0.5)[..., :head]
+    absolute = (q + layer.u).abs() @ k.mT.abs() + 2 * ((q + layer.v).abs() @ rows.abs()).sum(-1, keepdim=True)
+    relative = 2 * (head + width + 4 + keys) * float(absolute.max()) * head**-0.5 + 4 * keys + 2 * head
+    bound = 2 * relative * torch.finfo(torch.float64).eps * (weights @ v.abs())
+    assert bool(((out - weights @ v).abs() <= bound).all())
+    assert float((weights @ v).abs().max()) > 0
