@@ -219,7 +219,9 @@ def _runs(
     N, H, Q, _ = q.shape
     K = k.shape[2]
     for box in boxes((N, H, Q), max(1, SLICE_CELLS // K)):
-        samples, heads, rows = (*box, *(slice(0, side) for side in q.shape[len(box) : 3]))
+        # A box leaves out what it has in full.
+        whole = [slice(0, side) for side in (N, H, Q)]
+        samples, heads, rows = list(box) + whole[len(box) :]
         seen = rows.stop + K - Q if causal else K
         here, there = (samples, heads, rows), (samples, heads, slice(0, seen))
         scores = q[here].to(compute_type(q)) @ k[there].to(compute_type(q)).transpose(-1, -2)

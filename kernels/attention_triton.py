@@ -378,14 +378,14 @@ def backward(
     rest = {"CAUSAL": causal, "SHARE_C": share_c}
     tile = _tile_of(q, DQ)
     blocks = triton.cdiv(queries + 3, tile["ROWS"])
-    tensors = (grad, q, k, v, out, written[0])
+    tensors = [grad, q, k, v, out, written[0]]
     dq_kernel[(n * heads * blocks,)](
         *tensors, lse, delta, cells, seed, scale, *_strides(*tensors), heads, queries, keys, blocks, factor, last,
         _as_int32(rank), **rest, **tile,
     )  # fmt: skip
     tile = _tile_of(q, DKV)
     blocks = triton.cdiv(keys, tile["KEYS"])
-    tensors = (grad, q, k, v, *written[1:])
+    tensors = [grad, q, k, v, *written[1:]]
     dkv_kernel[(n * heads * blocks,)](
         *tensors, lse, delta, cells, seed, scale, *_strides(*tensors), heads, queries, keys, blocks, factor, last,
         _as_int32(rank), **rest, **tile,

@@ -81,3 +81,27 @@ def test_kernels_and_runs_of_rows_save_the_same() -> None:
 def at(arguments: tuple[object, ...], device: str) -> tuple[object, ...]:
     """Seed and scale on the device; the fields stay on the host."""
     return (arguments[0], *(x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments[1:]))
+
+
+def test_opcheck() -> None:
+    q, k, v = (torch.randn(1, 2, length, 16, device=DEVICE).requires_grad_() for length in (6, 9, 9))
+    others = at(
+        (FIELDS, torch.tensor(SEED), torch.tensor(1.5, dtype=torch.float64), 0.3, True, False, False, 3), DEVICE
+    )
+    torch.library.opcheck(torch.ops.autodropout.token_attention.default, (q, k, v, *others, True))
+    with torch.no_grad():
+        out, lse = torch.ops.autodropout.token_attention(q, k, v, *others, True)
+    arguments = (torch.randn_like(q), q.detach(), k.detach(), v.detach(), out, lse, *others, True)
+    torch.library.opcheck(torch.ops.autodropout.token_attention_backward.default, arguments)
+
+
+def test_rows_that_32_bits_do_not_reach_are_copied_together() -> None:
+    """Offsets inside of a head are 32-bit numbers; from head to head they have 64."""
+    from autodropout.kernels.attention_triton import _addressed
+
+    far = torch.empty_strided((1, 1, 2**10, 8), (0, 0, 2**21, 1), device="meta")
+    assert _addressed(far).stride(2) == 8
+    near = torch.empty_strided((1, 1, 2**10, 8), (0, 0, 2**20, 1), device="meta")
+    assert _addressed(near) is near
+    gaps = torch.empty_strided((1, 1, 4, 8), (64, 64, 16, 2), device="meta")
+    assert _addressed(gaps).stride(3) == 1
