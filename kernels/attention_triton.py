@@ -71,7 +71,10 @@ def _store(ptr, stride, row, inside, x, HEAD: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def _dropped(call, cell, sample, seed, last, rank, SHARE_C: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """The decisions of a tile, [4 calls, keys] or the other way round, of size 1 where channels share them."""
+    """The decisions of a tile, [4 calls, keys] or the other way round, of size 1 where channels share them.
+
+    Cells are loaded with 0 behind the last key, where weights are 0: Triton 3.2 cannot pipeline another number.
+    """
     if SHARE_C:
         if KEYS_FIRST:
             return (cell >= 0)[:, None]
@@ -149,7 +152,7 @@ def forward_kernel(
     for start in range(0, stop, KEYS):
         key = start + tl.arange(0, KEYS)
         k = _tile(k_ptr, k_t, key, key < keys, HEAD, WIDTH)
-        cell = tl.load(cells_ptr + n * keys + key, mask=key < keys, other=-1)
+        cell = tl.load(cells_ptr + n * keys + key, mask=key < keys, other=0)
         dropped = _dropped(call, cell, sample, seed, last, rank, SHARE_C, False)
         scores = _dot(q, tl.trans(k), UPCAST) * (factor * LOG2_E)
         seen = (key < keys)[None, :]
@@ -229,7 +232,7 @@ def dq_kernel(
         key = start + tl.arange(0, KEYS)
         k = _tile(k_ptr, k_t, key, key < keys, HEAD, WIDTH)
         v = _tile(v_ptr, v_t, key, key < keys, HEAD, WIDTH)
-        cell = tl.load(cells_ptr + n * keys + key, mask=key < keys, other=-1)
+        cell = tl.load(cells_ptr + n * keys + key, mask=key < keys, other=0)
         dropped = _dropped(call, cell, sample, seed, last, rank, SHARE_C, False)
         weights = tl.exp2(_dot(q, tl.trans(k), UPCAST) * (factor * LOG2_E) - lse[:, None])
         seen = (key < keys)[None, :]
@@ -279,7 +282,7 @@ def dkv_kernel(
     before = ((head - sample * heads) * queries) % 4
     key = block * KEYS + tl.arange(0, KEYS)
     seed = tl.load(seed_ptr)
-    cell = tl.load(cells_ptr + n * keys + key, mask=key < keys, other=-1)
+    cell = tl.load(cells_ptr + n * keys + key, mask=key < keys, other=0)
     grad_ptr += n * grad_n + h * grad_h
     q_ptr += n * q_n + h * q_h
     lse_ptr += head.to(tl.int64) * queries
