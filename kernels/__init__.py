@@ -11,6 +11,7 @@ from typing import Any
 
 if TYPE_CHECKING:
     from .atlas import Atlas
+    from .attention import token_attention
     from .batch_norm import batch_norm_pattern_relu
     from .bernoulli import bernoulli_dropout
     from .block import block_dropout
@@ -29,6 +30,7 @@ __all__ = [
     "softmax_token_dropout",
     "tiled_dropout",
     "tiled_dropout_add",
+    "token_attention",
     "token_dropout",
 ]
 
@@ -41,6 +43,7 @@ _HOMES = {
     "softmax_token_dropout": "softmax",
     "tiled_dropout": "tiled",
     "tiled_dropout_add": "residual",
+    "token_attention": "attention",
     "token_dropout": "token",
 }
 
