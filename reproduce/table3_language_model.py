@@ -77,7 +77,7 @@ PRESETS = {
         seeds=2,
         tuning_seeds=1,
         threads=1,
-        cost="17 models, offline; not measured",
+        cost="17 models, 6 minutes on two CPU cores, offline (measured: 5 min 55 s)",
     ),
     "small": Preset(
         LanguageRecipe(
