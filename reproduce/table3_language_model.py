@@ -87,7 +87,7 @@ PRESETS = {
             batch_size=20,
             segment=35,
             memory=35,
-            evaluation_memory=210,
+            evaluation_memory=70,
             learning_rate=1e-3,
             warmup=500,
         ),
