@@ -35,7 +35,6 @@ from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import compute_type
 from .philox import philox
-from .registration import register_op
 from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
@@ -44,6 +43,8 @@ from .token import HAS_TRITON
 from .token import _spans
 from .token import check_values
 from .token import read_fields
+from .with_backward import Op
+from .with_backward import register_with_backward
 
 LAYOUT = "NHQK"
 IMPLEMENTATIONS = ("auto", "chunked", "triton")
@@ -107,8 +108,7 @@ def token_attention(
     of_mask = torch.ops.autodropout.token_scale(
         fields, seed, q.shape[0], keys, q.shape[1] * queries, share_t, share_c, normalize, rank
     )
-    op = torch.ops.autodropout.token_attention if torch.compiler.is_compiling() else _Eager.apply
-    out: torch.Tensor = op(q, k, v, fields, seed, of_mask, factor, causal, share_t, share_c, rank, use_triton)[0]
+    out: torch.Tensor = _op(q, k, v, fields, seed, of_mask, factor, causal, share_t, share_c, rank, use_triton)[0]
     return out
 
 
@@ -377,44 +377,24 @@ def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tens
     ctx.save_for_backward(grad, q, k, v, fields, seed, scale)
 
 
-# Functions for eager code, because of forward mode and vmap, as in batch_norm.py.
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.autodropout.token_attention(*args)
-
-    setup_context = staticmethod(_save)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
-        return _differentiated(ctx, _EagerBackward.apply, grad)
-
-
-class _EagerBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.autodropout.token_attention_backward(*args)
-
-    setup_context = staticmethod(_save_for_second)
-    backward = staticmethod(_second_backward)
-
-
 _PATTERN = (
     "Tensor fields, Tensor seed, Tensor scale, float factor, bool causal, bool share_t, bool share_c, SymInt rank, "
     "bool use_triton"
 )
-register_op(
-    f"token_attention(Tensor q, Tensor k, Tensor v, {_PATTERN}) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    setup_context=_save,
-    backward=lambda ctx, grad, *_: _differentiated(ctx, torch.ops.autodropout.token_attention_backward, grad),
-)
-register_op(
-    f"token_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PATTERN}) "
-    "-> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    setup_context=_save_for_second,
-    backward=_second_backward,
+_op = register_with_backward(
+    Op(
+        f"token_attention(Tensor q, Tensor k, Tensor v, {_PATTERN}) -> (Tensor, Tensor)",
+        _forward,
+        _forward_fake,
+        _save,
+    ),
+    Op(
+        f"token_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PATTERN}) "
+        "-> (Tensor, Tensor, Tensor)",
+        _backward,
+        _backward_fake,
+        _save_for_second,
+    ),
+    _differentiated,
+    _second_backward,
 )

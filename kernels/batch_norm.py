@@ -31,10 +31,11 @@ from .checks import check_maps
 from .checks import check_real
 from .masking import compute_type
 from .placements import place
-from .registration import register_op
 from .seeds import Seed
 from .tiled import HAS_TRITON
 from .tiled import kept_windows
+from .with_backward import Op
+from .with_backward import register_with_backward
 
 # Cells of a block of samples, and of a group of channels, on the CPU: 1 MB in fp32. From half to twice of it the times
 # agree within their scatter, an eighth is slower by half.
@@ -95,8 +96,7 @@ def batch_norm_pattern_relu(
     bias = torch.zeros(c, dtype=compute, device=x.device) if bias is None else bias
     fields, starts, scale = place(x, atlas, seed, share_c, normalize, rank)
     arguments = (x, weight, bias, fields, starts, scale, eps)
-    op = torch.ops.autodropout.batch_norm_pattern_relu if torch.compiler.is_compiling() else _Eager.apply
-    y, mean, _, var = op(*arguments)
+    y, mean, _, var = _op(*arguments)
     if running_mean is not None and running_var is not None and x.numel():
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
@@ -339,42 +339,21 @@ def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: Tensors3) -> Non
     ctx.save_for_backward(*tensors)
 
 
-# Eager code calls the ops inside Functions, of which forward mode and vmap know that they cannot differentiate them; of
-# an op of torch.library forward mode takes the tangent to be zero without a word.
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.autodropout.batch_norm_pattern_relu(*args)
-
-    setup_context = staticmethod(_save)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
-        return _differentiated(ctx, _EagerBackward.apply, grad)
-
-
-class _EagerBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.autodropout.batch_norm_pattern_relu_backward(*args)
-
-    setup_context = staticmethod(_save_for_second)
-    backward = staticmethod(_second_backward)
-
-
-register_op(
-    "batch_norm_pattern_relu(Tensor x, Tensor weight, Tensor bias, Tensor fields, Tensor starts, Tensor scale, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    setup_context=_save,
-    backward=lambda ctx, grad, *_: _differentiated(ctx, torch.ops.autodropout.batch_norm_pattern_relu_backward, grad),
-)
-register_op(
-    "batch_norm_pattern_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
-    "Tensor fields, Tensor starts, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    setup_context=_save_for_second,
-    backward=_second_backward,
+_op = register_with_backward(
+    Op(
+        "batch_norm_pattern_relu(Tensor x, Tensor weight, Tensor bias, Tensor fields, Tensor starts, Tensor scale, "
+        "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+        _forward,
+        _forward_fake,
+        _save,
+    ),
+    Op(
+        "batch_norm_pattern_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
+        "Tensor fields, Tensor starts, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+        _backward,
+        _backward_fake,
+        _save_for_second,
+    ),
+    _differentiated,
+    _second_backward,
 )

@@ -27,7 +27,6 @@ from .checks import check_choice
 from .checks import check_fields
 from .checks import check_flag
 from .masking import compute_type
-from .registration import register_op
 from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
@@ -35,6 +34,8 @@ from .token import FIELDS
 from .token import HAS_TRITON
 from .token import check_values
 from .token import sides_of
+from .with_backward import Op
+from .with_backward import register_with_backward
 
 LAYOUT = "NHQK"
 # Keys of which a row fits into the registers of one program; longer ones take the two ops.
@@ -79,8 +80,7 @@ def softmax_token_dropout(
     seed, rank = as_seed(seed, x.device), as_rank(rank)
     sides = sides_of(x.shape, LAYOUT)
     scale = torch.ops.autodropout.token_scale(fields, seed, *sides, share_t, share_c, normalize, rank)
-    op = torch.ops.autodropout.softmax_token_dropout if torch.compiler.is_compiling() else _Eager.apply
-    y: torch.Tensor = op(x, fields, seed, scale, share_t, share_c, rank)[0]
+    y: torch.Tensor = _op(x, fields, seed, scale, share_t, share_c, rank)[0]
     return y
 
 
@@ -190,41 +190,21 @@ def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) ->
     ctx.rest = inputs[7:]
 
 
-# Functions for eager code, because of forward mode and vmap, as in batch_norm.py.
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.autodropout.softmax_token_dropout(*args)
-
-    setup_context = staticmethod(_save)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
-        return _differentiated(ctx, _EagerBackward.apply, grad)
-
-
-class _EagerBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.autodropout.softmax_token_dropout_backward(*args)
-
-    setup_context = staticmethod(_save_for_second)
-    backward = staticmethod(_second_backward)
-
-
-register_op(
-    "softmax_token_dropout(Tensor scores, Tensor fields, Tensor seed, Tensor scale, bool share_t, bool share_c, "
-    "SymInt rank) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    setup_context=_save,
-    backward=lambda ctx, grad, *_: _differentiated(ctx, torch.ops.autodropout.softmax_token_dropout_backward, grad),
-)
-register_op(
-    "softmax_token_dropout_backward(Tensor grad, Tensor scores, Tensor largest, Tensor inverse, Tensor fields, "
-    "Tensor seed, Tensor scale, bool share_t, bool share_c, SymInt rank) -> Tensor",
-    _backward,
-    lambda grad, scores, *others: torch.empty_like(scores),
-    setup_context=_save_for_second,
-    backward=_second_backward,
+_op = register_with_backward(
+    Op(
+        "softmax_token_dropout(Tensor scores, Tensor fields, Tensor seed, Tensor scale, bool share_t, bool share_c, "
+        "SymInt rank) -> (Tensor, Tensor, Tensor)",
+        _forward,
+        _forward_fake,
+        _save,
+    ),
+    Op(
+        "softmax_token_dropout_backward(Tensor grad, Tensor scores, Tensor largest, Tensor inverse, Tensor fields, "
+        "Tensor seed, Tensor scale, bool share_t, bool share_c, SymInt rank) -> Tensor",
+        _backward,
+        lambda grad, scores, *others: torch.empty_like(scores),
+        _save_for_second,
+    ),
+    _differentiated,
+    _second_backward,
 )
