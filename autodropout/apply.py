@@ -32,7 +32,7 @@ from .policy import Site
 from .sites import Example
 from .sites import Map
 from .sites import ModelSite
-from .sites import find_sites
+from .sites import sites_by_place
 from .sites import skip_child
 
 CHILD = "pattern_dropout"
@@ -167,7 +167,9 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
         raise ValueError("model has a policy already: call remove_policy first")
     for source in policy.sites:
         _check_kind(source)
-    plan = [step for place in PLACES for step in _plan(model, policy, place, example)]
+    places = [place for place in PLACES if any(site.place == place for site in policy.sites)]
+    found = sites_by_place(model, example, places)
+    plan = [step for place in places for step in _plan(model, policy, place, found[place], example is not None)]
     applied = [_applied(site, pattern) for site, pattern in plan]
 
     for site, pattern in plan:
@@ -199,14 +201,13 @@ def remove_policy(model: nn.Module) -> None:
                 setattr(parent, name, None)
 
 
-def _plan(model: nn.Module, policy: Policy, place: str, example: Example | None) -> list[tuple[ModelSite, Pattern]]:
-    """Which site gets which pattern, checked; sites that get none are left out. Changes nothing."""
+def _plan(
+    model: nn.Module, policy: Policy, place: str, targets: tuple[ModelSite, ...], ran: bool
+) -> list[tuple[ModelSite, Pattern]]:
+    """Which site of a place gets which pattern, checked; sites that get none are left out. Changes nothing."""
     sources = tuple(site for site in policy.sites if site.place == place)
-    if not sources:
-        return []
-    targets = find_sites(model, example, place)
     if not targets:
-        reached = "" if example is None else " that the example reaches"
+        reached = " that the example reaches" if ran else ""
         raise ValueError(f"model has no sites of place {place!r}{reached}: {type(model).__name__}")
     by_name = {site.name: site for site in sources}
     exact = by_name.keys() == {target.name for target in targets}
@@ -219,6 +220,7 @@ def _plan(model: nn.Module, policy: Policy, place: str, example: Example | None)
         if isinstance(pattern, TiledPattern) and pattern.residual and target.block is None:
             pattern = replace(pattern, residual=False)
         if pattern is not None:
+            _check_layout(model.get_submodule(target.name), target, pattern)
             plan.append((target, pattern))
     return plan
 
@@ -236,6 +238,13 @@ def _check_kind(site: Site) -> None:
         allowed = "a TokenPattern, or a BernoulliPattern of cells or samples,"
     if not fits:
         raise ValueError(f"pattern must be {allowed} at place {site.place!r}, got {pattern!r} at {site.name!r}")
+
+
+def _check_layout(module: nn.Module, site: ModelSite, pattern: Pattern) -> None:
+    """A decision of a sample is one of the first dimension, which has the tokens where time comes first."""
+    samples = isinstance(pattern, BernoulliPattern) and pattern.shared == "sample"
+    if samples and isinstance(module, PatternSite) and module.layout == "TNC":
+        raise ValueError(f"shared must be 'none' where the layout is 'TNC', got 'sample' at {site.name!r}")
 
 
 def _residual(pattern: Pattern | None) -> bool:

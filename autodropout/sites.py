@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,11 +97,28 @@ def find_sites(model: nn.Module, example: Example | None = None, place: str = "b
     """
     if place not in PLACES:
         raise ValueError(f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}")
+    return sites_by_place(model, example, (place,))[place]
+
+
+def sites_by_place(
+    model: nn.Module, example: Example | None, places: Sequence[str]
+) -> dict[str, tuple[ModelSite, ...]]:
+    """The sites of several places, as of `find_sites`, from one run of the model."""
     # A compiled model is looked at from inside: the wrapper would add a component to every path.
     model = getattr(model, "_orig_mod", model)
-    candidates = {name: module for name, module in model.named_modules() if _is_site(name, module, place)}
+    modules = dict(model.named_modules())
+    candidates = {place: {n for n, module in modules.items() if _is_site(n, module, place)} for place in places}
+    names = [name for name in modules if any(name in of_place for of_place in candidates.values())]
     seen: dict[str, tuple[Size, ...]]
-    seen = dict.fromkeys(candidates, ()) if example is None else _trace(model, candidates, example)
+    seen = dict.fromkeys(names, ()) if example is None else _trace(model, {n: modules[n] for n in names}, example)
+    return {
+        place: _sites(model, place, {name: sizes for name, sizes in seen.items() if name in of_place})
+        for place, of_place in candidates.items()
+    }
+
+
+def _sites(model: nn.Module, place: str, seen: dict[str, tuple[Size, ...]]) -> tuple[ModelSite, ...]:
+    """The sites of one place, from the sizes seen by each, in order of execution."""
     blocks = {name: _block_of(model, name) if place == "batch_norm" else None for name in seen}
     last = {block: name for name, block in blocks.items()}
     return tuple(
@@ -110,7 +128,7 @@ def find_sites(model: nn.Module, example: Example | None = None, place: str = "b
             place=place,
             maps=tuple(size for size in sizes if isinstance(size, tuple)),
             lengths=tuple(size for size in sizes if isinstance(size, int)),
-            target=_target(name, candidates[name]),
+            target=_target(name, model.get_submodule(name)),
             block=blocks[name] if last[blocks[name]] == name else None,
         )
         for position, (name, sizes) in enumerate(seen.items())

@@ -192,6 +192,21 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(policy: Policy, messag
     assert [type(module) for module in model.modules()] == classes
 
 
+def test_samples_are_not_told_from_tokens_where_time_comes_first() -> None:
+    model = nn.Sequential(PatternSite("output", "TNC"))
+    with pytest.raises(ValueError, match=r"^shared must be 'none' where the layout is 'TNC', got 'sample' at '0'$"):
+        apply_policy(model, Policy((Site("a", 0.0, "output", BernoulliPattern(0.5, "sample")),)))
+    assert type(model[0]) is PatternSite
+    apply_policy(model, Policy((Site("a", 0.0, "output", BernoulliPattern(0.5, "none")),)))
+
+
+def test_the_example_runs_once_for_all_places() -> None:
+    model, runs = a_model(), []
+    model.register_forward_hook(lambda *_: runs.append(None))
+    apply_policy(model, policy_of(PATTERN), (WORDS, WORDS))
+    assert len(runs) == 1
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_training_is_eager_training() -> None:
     model = nn.Sequential(PatternSite("output", "NTC"), nn.Linear(6, 6))
