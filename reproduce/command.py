@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -19,6 +20,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog.removesuffix('.py')}: error: {message}\n")
+
+
+def preset_parser(name: str, description: str, costs: Mapping[str, str]) -> Parser:
+    """The parser of the script `name`.py, with its option `--preset`; `costs`: what its help says of each preset."""
+    width = max(map(len, costs))
+    parser = Parser(
+        prog=f"{name}.py",
+        description=description,
+        epilog="presets and their cost:\n" + "\n".join(f"  {preset:<{width}} {cost}" for preset, cost in costs.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=costs, default="demo", help="size of the experiment (default: demo)")
+    return parser
 
 
 def some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:

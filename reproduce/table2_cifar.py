@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from autodropout.reproduce.command import Parser
+from autodropout.reproduce.command import preset_parser
 from autodropout.reproduce.command import run_with_progress
 from autodropout.reproduce.data import DIGITS
 from autodropout.reproduce.data import HUB
@@ -131,14 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    costs = "\n".join(f"  {name:<6} {preset.cost}" for name, preset in PRESETS.items())
-    parser = Parser(
-        prog=f"{NAME}.py",
-        description=__doc__,
-        epilog=f"presets and their cost:\n{costs}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--preset", choices=PRESETS, default="demo", help="size of the experiment (default: demo)")
+    parser = preset_parser(NAME, str(__doc__), {name: preset.cost for name, preset in PRESETS.items()})
     parser.add_argument(
         "--methods",
         type=lambda names: tuple(names.split(",")),

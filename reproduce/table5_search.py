@@ -14,7 +14,6 @@ repeated. The numbering of the tables is ours.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -39,6 +38,7 @@ from autodropout.reproduce.benchmark_task import BenchmarkTask
 from autodropout.reproduce.benchmark_task import play
 from autodropout.reproduce.command import Parser
 from autodropout.reproduce.command import count
+from autodropout.reproduce.command import preset_parser
 from autodropout.reproduce.command import some_of
 from autodropout.reproduce.experiment import source_fingerprint
 from autodropout.reproduce.experiment import versions
@@ -72,9 +72,9 @@ class Preset:
 
 
 PRESETS = {
-    "demo": Preset(10, 5, 200, SEARCHERS, 1, "100 searches of 200 trials"),
-    "full": Preset(100, 30, 400, SEARCHERS, 1, "760 searches of 400 trials"),
-    "staleness": Preset(100, 100, 400, ("controller", NO_WEIGHTS), 64, "800 searches of 400 trials"),
+    "demo": Preset(10, 5, 200, SEARCHERS, 1, "100 searches of 200 trials, on all tasks"),
+    "full": Preset(100, 30, 400, SEARCHERS, 1, "760 searches of 400 trials, on all tasks"),
+    "staleness": Preset(100, 100, 400, ("controller", NO_WEIGHTS), 64, "800 searches of 400 trials, on all tasks"),
 }
 
 
@@ -114,16 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    costs = "\n".join(f"  {name:<9} {preset.cost}" for name, preset in PRESETS.items())
     known = (TABULAR, *TASKS)
-    parser = Parser(
-        prog=f"{NAME}.py",
-        description=__doc__,
-        epilog=f"presets and their cost, on all tasks:\n{costs}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    parser.add_argument("--preset", choices=PRESETS, default="demo", help="size of the experiment (default: demo)")
+    parser = preset_parser(NAME, str(__doc__), {name: preset.cost for name, preset in PRESETS.items()})
     parser.add_argument(
         "--tasks",
         type=some_of(known),
