@@ -130,6 +130,27 @@ class Task(ABC):
         """What the method of a job puts on the network, as JSON: it determines the model, with the job."""
 
     @abstractmethod
+    def try_policy(self, method: str, strength: float | None) -> None:
+        """Puts the policy of a method at a strength on a network that is not kept.
+
+        Raises:
+            TypeError, ValueError: it does not fit there.
+        """
+
+    def check_policies(self) -> None:
+        """Tries every policy of the experiment once, so that a refusal comes before any training.
+
+        Raises:
+            RunError: naming method, strength and what is refused.
+        """
+        for method in self.settings.methods:
+            for strength in self.strengths[method] or (None,):
+                try:
+                    self.try_policy(method, strength)
+                except (ValueError, TypeError) as error:
+                    raise RunError(f"{method} at strength {strength}: {' '.join(str(error).split())}") from error
+
+    @abstractmethod
     def train(self, job: Job, device: torch.device, checkpoint: Path, on_epoch: Callable[[], None]) -> Trained:
         """Trains a model, or on from `checkpoint` if that file exists, which is left there.
 

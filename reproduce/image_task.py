@@ -12,7 +12,6 @@ from autodropout import apply_policy
 
 from .data import ImageData
 from .experiment import Job
-from .experiment import RunError
 from .experiment import Settings
 from .experiment import Task
 from .experiment import Trained
@@ -60,17 +59,7 @@ class ImageTask(Task):
         arguments = {"train_images": len(train), "evaluation_images": len(evaluation)}
         return Trained(outcome.accuracy, outcome.seconds, arguments)
 
-    def check_policies(self) -> None:
-        """Puts every policy of the experiment on its network once, so that a refusal comes before any training.
-
-        Raises:
-            RunError: naming method, strength and what `apply_policy` refuses.
-        """
+    def try_policy(self, method: str, strength: float | None) -> None:
         images = self.data.train.images
-        for method in self.settings.methods:
-            for strength in STRENGTHS[method] or (None,):
-                try:
-                    model = build_model(self.settings.recipe, images, self.data.classes, seed=0)
-                    apply_policy(model, self.policy(method, strength), example=example_input(images))
-                except (ValueError, TypeError) as error:
-                    raise RunError(f"{method} at strength {strength}: {' '.join(str(error).split())}") from error
+        model = build_model(self.settings.recipe, images, self.data.classes, seed=0)
+        apply_policy(model, self.policy(method, strength), example=example_input(images))

@@ -19,7 +19,6 @@ from autodropout.patterns.token import MAX_SPAN
 
 from .corpus import Corpus
 from .experiment import Job
-from .experiment import RunError
 from .experiment import Settings
 from .experiment import Task
 from .experiment import Trained
@@ -119,17 +118,7 @@ class LanguageTask(Task):
             value, seconds, {"train_tokens": len(corpus.train), "evaluation_tokens": len(evaluated)}, figures
         )
 
-    def check_policies(self) -> None:
-        """Puts every policy of the experiment on its network once, so that a refusal comes before any training.
-
-        Raises:
-            RunError: naming method, strength and what `apply_policy` refuses.
-        """
-        for method in self.settings.methods:
-            for strength in STRENGTHS[method] or (None,):
-                try:
-                    policy, outside = method_policy(method, strength, self.settings.policy)
-                    model = build_language_model(self.settings.recipe, len(self.corpus.words), outside, seed=0)
-                    put_policy(model, policy, self.settings.recipe)
-                except (ValueError, TypeError) as error:
-                    raise RunError(f"{method} at strength {strength}: {' '.join(str(error).split())}") from error
+    def try_policy(self, method: str, strength: float | None) -> None:
+        policy, outside = method_policy(method, strength, self.settings.policy)
+        model = build_language_model(self.settings.recipe, len(self.corpus.words), outside, seed=0)
+        put_policy(model, policy, self.settings.recipe)
