@@ -10,9 +10,11 @@ import math
 import os
 import time
 from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from typing import TypeVar
 from typing import cast
 
 import torch
@@ -26,6 +28,8 @@ from .augment import derive
 from .augment import epoch_batches
 from .data import Split
 from .models.wide_resnet import WideResNet
+
+Batch = TypeVar("Batch")
 
 MOMENTUM = 0.9
 EVAL_BATCH = 500
@@ -84,6 +88,50 @@ def train_model(
     """
     model = build_model(recipe, train.images, classes, seed)
     apply_policy(model, policy, example=example_input(train.images))
+    normalise = Normalise(train.images, device)
+    workers = loading_processes(device)
+
+    def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return epoch_batches(train, recipe.augment, seed, epoch, recipe.batch_size, device, workers)
+
+    def loss(network: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], progress: float) -> torch.Tensor:
+        images, labels = batch
+        return F.cross_entropy(network(normalise(images)), labels)
+
+    def after_epoch(done: int) -> None:
+        if on_accuracy is not None and done % accuracy_every == 0 and done < recipe.epochs:
+            on_accuracy(done, accuracy(model, evaluation, normalise, device))
+
+    steps = max(1, len(train) // recipe.batch_size)
+    seconds = fit(model, recipe, batches, steps, loss, seed, device, checkpoint, on_epoch, after_epoch)
+    return Outcome(accuracy(model, evaluation, normalise, device), seconds)
+
+
+def fit(
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Callable[[int], Iterator[Batch]],
+    steps: int,
+    loss: Callable[[nn.Module, Batch, float], torch.Tensor],
+    seed: int,
+    device: torch.device,
+    checkpoint: Path | None,
+    on_epoch: Callable[[], None],
+    after_epoch: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Takes the steps of a recipe on any loss, or those that `checkpoint` has not yet behind it.
+
+    Args:
+        model: with its policy, on the CPU; moved to `device`.
+        batches: of an epoch, `steps` of them.
+        loss: of (the network, compiled on a GPU, in training mode; a batch; the share of all steps taken before).
+        seed: of the masks, with the epoch.
+        checkpoint, on_epoch: as in `train_model`.
+        after_epoch: called with the number of epochs done; may leave the model in evaluation mode.
+
+    Returns:
+        Seconds of training in all sittings.
+    """
     on_gpu = device.type == "cuda"
     model.to(device)
     if on_gpu:
@@ -100,8 +148,7 @@ def train_model(
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     seconds: float = state["seconds"]
-    scores = cast(nn.Module, torch.compile(model)) if on_gpu else model
-    normalise = Normalise(train.images, device)
+    network = cast(nn.Module, torch.compile(model)) if on_gpu else model
     for epoch in range(recipe.epochs):
         on_epoch()
         if epoch < state["epoch"]:
@@ -110,16 +157,13 @@ def train_model(
         # The masks draw from the default generators; shuffling and augmentation have their own.
         torch.manual_seed(derive(seed, epoch, "masks"))
         model.train()
-        workers = min(8, os.cpu_count() or 1) if on_gpu else 0
-        steps = max(1, len(train) // recipe.batch_size)
-        batches = epoch_batches(train, recipe.augment, seed, epoch, recipe.batch_size, device, workers)
-        for step, (images, labels) in enumerate(batches):
+        for step, batch in enumerate(batches(epoch)):
             progress = (epoch * steps + step) / (recipe.epochs * steps)
             optimizer.param_groups[0]["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, half, enabled=on_gpu):
-                loss = F.cross_entropy(scores(normalise(images)), labels)
-            scaler.scale(loss).backward()
+                value = loss(network, batch, progress)
+            scaler.scale(value).backward()
             scaler.step(optimizer)
             scaler.update()
         if on_gpu:
@@ -134,10 +178,13 @@ def train_model(
                 "scaler": scaler.state_dict(),
             }
             write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
-        done = epoch + 1
-        if on_accuracy is not None and done % accuracy_every == 0 and done < recipe.epochs:
-            on_accuracy(done, accuracy(model, evaluation, normalise, device))
-    return Outcome(accuracy(model, evaluation, normalise, device), seconds)
+        after_epoch(epoch + 1)
+    return seconds
+
+
+def loading_processes(device: torch.device) -> int:
+    """For augmentation image by image: none on a CPU, which has enough to do."""
+    return min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
 
 
 class Normalise:

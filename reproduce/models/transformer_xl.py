@@ -31,8 +31,8 @@ INIT_STD = 0.02  # of all weights, as in the authors' code
 
 @dataclass(frozen=True)
 class Size:
-    """`cutoffs`: of the vocabulary, for an adaptive softmax (words by falling frequency); none: a full one, whose
-    weights are those of the embedding."""
+    """`cutoffs`: of the vocabulary, for an adaptive softmax (words by falling frequency), those that it reaches; none:
+    a full one, whose weights are those of the embedding."""
 
     layers: int
     width: int
@@ -157,12 +157,11 @@ class TransformerXL(nn.Module):
         self.dropout_in = kind(dropout)
         self.layers = nn.ModuleList(Layer(size) for _ in range(size.layers))
         self.dropout_out = kind(dropout)
+        cutoffs = [cutoff for cutoff in size.cutoffs if cutoff < vocabulary]
         self.adaptive = (
-            nn.AdaptiveLogSoftmaxWithLoss(size.width, vocabulary, list(size.cutoffs), div_value=4.0)
-            if size.cutoffs
-            else None
+            nn.AdaptiveLogSoftmaxWithLoss(size.width, vocabulary, cutoffs, div_value=4.0) if cutoffs else None
         )
-        self.bias = None if size.cutoffs else nn.Parameter(torch.zeros(vocabulary))
+        self.bias = None if cutoffs else nn.Parameter(torch.zeros(vocabulary))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=INIT_STD)
