@@ -17,9 +17,22 @@ from torch.utils.data import Dataset
 
 from .data import Split
 
-AUGMENTS = ("none", "flip_crop", "randaugment", "flip_crop+randaugment")
+AUGMENTS = (
+    "none",
+    "flip_crop",
+    "randaugment",
+    "flip_crop+randaugment",
+    # Strong ones, for consistency training: of photographs, and of digits, which must not be mirrored.
+    "flip_crop+randaugment+cutout",
+    "affine+cutout",
+)
 # Zero padding on each side before the crop, for images of this side (the usual 4 for 32x32).
 CROP_PADDING = 4
+# Of `affine`: rotation either way in degrees, stretch either way, shift either way as a share of the side. Our choice
+# for 8x8 digits: a pixel, and nothing that makes another digit of one.
+ROTATION, STRETCH, SHIFT = 15.0, 0.1, 0.125
+# Side of the square that cutout blanks, as a share of the image's: the usual half for CIFAR-10; 3 pixels of 8x8 digits.
+CUTOUT, DIGITS_CUTOUT = 0.5, 0.375
 
 
 def derive(*words: object) -> int:
@@ -39,22 +52,26 @@ def epoch_batches(
         raise ValueError(f"augment must be one of {', '.join(AUGMENTS)}, got {augment!r}")
     size = min(batch_size, len(split))
     order = torch.randperm(len(split), generator=_generator(seed, epoch, "order"))[: len(split) // size * size]
-    crop = _generator(seed, epoch, "crop")
-    if augment.endswith("randaugment"):
+    crop, erase = _generator(seed, epoch, "crop"), _generator(seed, epoch, "cutout")
+    if "randaugment" in augment:
         # The loader would draw its own seed from the default generator.
         batches: Any = DataLoader(
-            _RandAugmented(split, order, augment != "randaugment", derive(seed, epoch, "randaugment")),
+            _RandAugmented(split, order, augment.startswith("flip_crop"), derive(seed, epoch, "randaugment")),
             batch_size=size,
             num_workers=workers,
             generator=_generator(seed, epoch, "loader"),
         )
         for images, labels in batches:
+            if augment.endswith("cutout"):
+                images = cutout(images, CUTOUT, erase)
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         return
     for index in order.view(-1, size):
         images = split.images[index]
         if augment == "flip_crop":
             images = flip_and_crop(images, crop)
+        elif augment == "affine+cutout":
+            images = cutout(affine(images, crop), DIGITS_CUTOUT, erase)
         yield images.to(device), split.labels[index].to(device)
 
 
@@ -73,6 +90,43 @@ def flip_and_crop(images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     sample = torch.arange(N)[:, None, None]
     place = [index.to(images.device) for index in (sample, rows[:, :, None], columns[:, None, :])]
     return padded[place[0], :, place[1], place[2]].permute(0, 3, 1, 2).contiguous()
+
+
+def affine(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turns, stretches and shifts each image at random, within ROTATION, STRETCH and SHIFT; zeros come in.
+
+    `images` is uint8 `(N, C, H, W)`; the result has the same shape and dtype, by bilinear interpolation. The draws come
+    from `generator` (CPU).
+    """
+    N = len(images)
+    turn, high, wide, down, right = (2 * torch.rand(5, N, generator=generator) - 1).unbind()
+    angle = turn * (ROTATION * torch.pi / 180)
+    cosine, sine = angle.cos(), angle.sin()
+    # From a place of the result to one of the image, both in [-1, 1], where the side is 2 long.
+    rows = [
+        torch.stack((cosine * (1 + STRETCH * wide), -sine, 2 * SHIFT * right), 1),
+        torch.stack((sine, cosine * (1 + STRETCH * high), 2 * SHIFT * down), 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    moved = F.grid_sample(images.float(), grid, align_corners=False)
+    return moved.round().clamp(0, 255).to(images.dtype)
+
+
+def cutout(images: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Blanks (0) a square of each image, `share` of its sides long (DeVries & Taylor 2017).
+
+    Its centre is uniform over the pixels, so that a part of it may lie outside. `images` is `(N, C, H, W)`; the result
+    has the same shape and dtype. The draws come from `generator` (CPU).
+    """
+    N, _, H, W = images.shape
+    inside = []
+    for side in (H, W):
+        length = int(share * side + 0.5)
+        first = torch.randint(0, side, (N, 1), generator=generator) - length // 2
+        place = torch.arange(side) - first
+        inside.append((place >= 0) & (place < length))
+    blank = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return images.masked_fill(blank.to(images.device), 0)
 
 
 class _RandAugmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from autodropout.reproduce import augment
 from autodropout.reproduce.augment import AUGMENTS
+from autodropout.reproduce.augment import affine
+from autodropout.reproduce.augment import cutout
 from autodropout.reproduce.augment import derive
 from autodropout.reproduce.augment import epoch_batches
 from autodropout.reproduce.augment import flip_and_crop
@@ -101,3 +104,58 @@ def test_flip_and_crop_gives_only_windows_of_the_padded_image_and_all_of_them_eq
 def test_unknown_augmentation() -> None:
     with pytest.raises(ValueError, match=r"augment must be one of none, .*, got 'mixup'"):
         next(epoch_batches(split(4), "mixup", 0, 0, 2, CPU))
+
+
+def test_cutout_blanks_one_square_around_a_uniform_centre() -> None:
+    n, side = 20_000, 6
+    images = torch.full((n, 2, side, side), 7, dtype=torch.uint8)
+    out = cutout(images, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(out[:, 0], out[:, 1])
+    assert set(out.unique().tolist()) == {0, 7}
+    blank = out[:, 0] == 0
+    rows, columns = blank.any(2), blank.any(1)
+    assert torch.equal(blank, rows[:, :, None] & columns[:, None, :])
+    # A centre c blanks c - 1, c and c + 1 as far as they exist: 2 rows for the first and the last of 6, else 3.
+    for lines in (rows, columns):
+        found = lines.sum(1)
+        assert set(found.tolist()) == {2, 3}
+        # Two of six centres: binomial, 6 standard deviations (alpha 2e-9).
+        assert abs(int((found == 2).sum()) - n / 3) < 6 * (n * 2 / 9) ** 0.5
+    assert len({tuple(mask.flatten().tolist()) for mask in blank}) == side * side
+
+
+def test_affine_keeps_a_centred_blob_in_the_middle_and_moves_all_else() -> None:
+    n = 4000
+    images = torch.zeros(n, 1, 9, 9, dtype=torch.uint8)
+    images[:, :, 4, 4] = 255
+    out = affine(images, torch.Generator().manual_seed(0))[:, 0].double()
+    assert out.shape == (n, 9, 9)
+    mass = out.sum((1, 2))
+    rows = (out.sum(2) * torch.arange(9.0)).sum(1) / mass - 4
+    columns = (out.sum(1) * torch.arange(9.0)).sum(1) / mass - 4
+    for moved in (rows, columns):
+        # Shifts of up to an eighth of 9 pixels over a map that may halve nothing: within 1.125 / 0.9 and a pixel's
+        # width of interpolation; uniform, so on average 0 (6 standard errors of at most 1.125 / sqrt(3)).
+        assert moved.abs().max() < 1.125 / 0.9 + 0.5
+        assert abs(float(moved.mean())) < 6 * 1.125 / 3**0.5 / n**0.5
+        assert moved.std() > 0.4
+    assert len({tuple(image.flatten().tolist()) for image in out}) > n - 50
+
+
+def test_affine_without_amplitude_is_the_image_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ROTATION", "STRETCH", "SHIFT"):
+        monkeypatch.setattr(augment, name, 0.0)
+    data = split(5)
+    assert torch.equal(affine(data.images, torch.Generator()), data.images)
+
+
+def test_a_quarter_turn_is_rot90(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The axes are where they should be: at 90 degrees exactly, every pixel lands on a pixel."""
+    for name in ("STRETCH", "SHIFT"):
+        monkeypatch.setattr(augment, name, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    turn = float(2 * torch.rand(5, 1, generator=generator)[0] - 1)
+    monkeypatch.setattr(augment, "ROTATION", 90 / turn)
+    data = split(1)
+    out = affine(data.images, generator.manual_seed(0))
+    assert torch.equal(out, data.images.rot90(1, (2, 3)))
