@@ -21,9 +21,11 @@ from autodropout import Policy
 from autodropout import apply_policy
 
 from .augment import derive
+from .learning_rates import warmup_cosine
 from .models.transformer_xl import Size
 from .models.transformer_xl import TransformerXL
 from .training import write_atomically
+from .transformer_methods import Outside
 
 CLIP = 0.25  # norm of the gradient, as in the authors' code
 
@@ -44,14 +46,6 @@ class LanguageRecipe:
     evaluation_memory: int
     learning_rate: float
     warmup: int
-
-
-@dataclass(frozen=True)
-class Outside:
-    """Dropout on words and on the last layer's output, which are no places of a policy."""
-
-    rate: float = 0.0
-    variational: bool = False
 
 
 def build_language_model(recipe: LanguageRecipe, vocabulary: int, outside: Outside, seed: int) -> TransformerXL:
@@ -124,7 +118,9 @@ def train_language_model(
         model.train()
         memories = None
         for step, (words, targets) in enumerate(segments(text, recipe.segment)):
-            optimizer.param_groups[0]["lr"] = learning_rate(recipe, epoch * steps + step, recipe.epochs * steps)
+            optimizer.param_groups[0]["lr"] = warmup_cosine(
+                recipe.learning_rate, recipe.warmup, epoch * steps + step, recipe.epochs * steps
+            )
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses, memories = model(words, targets, memories)
@@ -144,13 +140,6 @@ def train_language_model(
         if epoch + 1 < recipe.epochs:
             on_model(epoch + 1, model)
     return model, seconds
-
-
-def learning_rate(recipe: LanguageRecipe, step: int, steps: int) -> float:
-    """Of a step, from 0, among so many."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def streams(tokens: Tensor, start: int, count: int) -> Tensor:

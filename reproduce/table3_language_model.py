@@ -32,7 +32,6 @@ from autodropout.reproduce.corpus import open_corpus
 from autodropout.reproduce.experiment import Experiment
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
-from autodropout.reproduce.language_task import METHODS
 from autodropout.reproduce.language_task import LanguageTask
 from autodropout.reproduce.language_training import LanguageRecipe
 from autodropout.reproduce.methods import method_label
@@ -44,6 +43,7 @@ from autodropout.reproduce.models.transformer_xl import TransformerXL
 from autodropout.reproduce.report import Row
 from autodropout.reproduce.report import plot
 from autodropout.reproduce.report import table
+from autodropout.reproduce.transformer_methods import METHODS
 
 NAME = "table3_language_model"
 DATA_VARIABLE = "AUTODROPOUT_DATA"

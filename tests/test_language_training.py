@@ -11,20 +11,20 @@ from torch import nn
 
 from autodropout import Policy
 from autodropout import load_policy
-from autodropout.reproduce.language_task import METHODS
-from autodropout.reproduce.language_task import STRENGTHS
-from autodropout.reproduce.language_task import method_policy
 from autodropout.reproduce.language_training import LanguageRecipe
-from autodropout.reproduce.language_training import Outside
 from autodropout.reproduce.language_training import build_language_model
-from autodropout.reproduce.language_training import learning_rate
 from autodropout.reproduce.language_training import perplexity
 from autodropout.reproduce.language_training import put_policy
 from autodropout.reproduce.language_training import segments
 from autodropout.reproduce.language_training import streams
 from autodropout.reproduce.language_training import train_language_model
+from autodropout.reproduce.learning_rates import warmup_cosine
 from autodropout.reproduce.models.transformer_xl import Size
 from autodropout.reproduce.models.transformer_xl import TransformerXL
+from autodropout.reproduce.transformer_methods import METHODS
+from autodropout.reproduce.transformer_methods import STRENGTHS
+from autodropout.reproduce.transformer_methods import Outside
+from autodropout.reproduce.transformer_methods import method_policy
 
 CPU = torch.device("cpu")
 RECIPE = LanguageRecipe(Size(2, 12, 3, 16), 3, 2, 5, 5, 8, 1e-2, 4)
@@ -42,9 +42,9 @@ def test_streams_and_segments() -> None:
 
 
 def test_learning_rate_by_hand() -> None:
-    assert [learning_rate(RECIPE, step, 16) for step in (0, 3)] == [0.0025, 0.01]
-    assert learning_rate(RECIPE, 8, 16) == pytest.approx(0.005)
-    assert 0 < learning_rate(RECIPE, 15, 16) < 1e-4
+    assert [warmup_cosine(0.01, 4, step, 16) for step in (0, 3)] == [0.0025, 0.01]
+    assert warmup_cosine(0.01, 4, 8, 16) == pytest.approx(0.005)
+    assert 0 < warmup_cosine(0.01, 4, 15, 16) < 1e-4
 
 
 class Unigram(nn.Module):

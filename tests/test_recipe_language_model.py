@@ -14,7 +14,6 @@ from autodropout import Policy
 from autodropout import apply_policy
 from autodropout.policy import TOKEN_PLACES
 from autodropout.reproduce.corpus import Corpus
-from autodropout.reproduce.language_task import method_policy
 from autodropout.reproduce.language_training import build_language_model
 from autodropout.reproduce.language_training import example_input
 from autodropout.reproduce.language_training import perplexity
@@ -23,6 +22,7 @@ from autodropout.reproduce.models.transformer_xl import Size
 from autodropout.reproduce.proxy import one_thread
 from autodropout.reproduce.recipes import language_model
 from autodropout.reproduce.table3_language_model import PRESETS
+from autodropout.reproduce.transformer_methods import method_policy
 from autodropout.search.token_space import TokenSpace
 
 CPU = torch.device("cpu")

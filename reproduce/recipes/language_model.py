@@ -18,9 +18,7 @@ from autodropout.policy import TOKEN_PLACES
 from autodropout.reproduce.corpus import PYDOC
 from autodropout.reproduce.corpus import Corpus
 from autodropout.reproduce.corpus import open_corpus
-from autodropout.reproduce.language_task import OUTSIDE_RATE
 from autodropout.reproduce.language_training import LanguageRecipe
-from autodropout.reproduce.language_training import Outside
 from autodropout.reproduce.language_training import build_language_model
 from autodropout.reproduce.language_training import example_input
 from autodropout.reproduce.language_training import perplexity
@@ -28,6 +26,8 @@ from autodropout.reproduce.language_training import train_language_model
 from autodropout.reproduce.models.transformer_xl import Size
 from autodropout.reproduce.models.transformer_xl import TransformerXL
 from autodropout.reproduce.proxy import one_thread
+from autodropout.reproduce.transformer_methods import OUTSIDE_RATE
+from autodropout.reproduce.transformer_methods import Outside
 from autodropout.search.space import SearchSpace
 from autodropout.search.token_space import TokenSite
 from autodropout.search.token_space import TokenSpace
