@@ -8,9 +8,9 @@ here (docs/fewer-labels.md has what each choice costs):
   noise that the student is asked to repeat. Only the patterns are in evaluation mode; batch normalisation is in
   training mode, as for the student, because its running averages are far off in the first epochs.
 - The student sees labelled and unlabelled images in one forward pass: they share the statistics of batch normalisation
-  and, with `normalize="mask"`, the scale of a pattern, which is Size/Sum over the masks of all samples of a call. In two
-  passes a labelled and an unlabelled copy of one image would differ by more than their augmentation. The teacher's
-  pass is another one, as its patterns are off; both passes move the running averages.
+  and, with `normalize="mask"`, the scale of a pattern, Size/Sum over the masks of all samples of a call. In two passes
+  one image, labelled and not, would differ by more than its augmentation. The teacher's pass is another one, as its
+  patterns are off; both passes move the running averages.
 
 Every random number of an epoch derives from (seed, epoch), as in training.py.
 """
