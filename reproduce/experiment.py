@@ -63,7 +63,7 @@ class Settings:
         seeds: final models of each method.
         tuning_seeds: models of each strength that is tried.
         final_on_all: whether the final models are trained on training and validation data together.
-        policy_name, policy: of the method "autodropout".
+        policy_name, policy: of the method "autodropout", also where it is a part of another ("uda+autodropout").
     """
 
     name: str
@@ -269,8 +269,8 @@ class Experiment:
             "preset": settings.preset,
             "phase": job.phase,
             "method": job.method,
-            "policy": settings.policy_name if job.method == "autodropout" else None,
-            "policy_origin": policy_origin(settings.policy) if job.method == "autodropout" else None,
+            "policy": settings.policy_name if job.method.endswith("autodropout") else None,
+            "policy_origin": policy_origin(settings.policy) if job.method.endswith("autodropout") else None,
             "strength": job.strength,
             "seed": job.seed,
             "metric": self.task.metric,

@@ -69,6 +69,7 @@ def method_policy(method: str, strength: float | None, blocks: int, block_size: 
 
 def method_label(method: str, policy_name: str, origin: str) -> str:
     """How the table and the plot call the method; `origin`: of the policy of "autodropout", see `policy_origin`."""
+    learned = f"AutoDropout ({policy_name}, {origin})"
     labels = {
         "none": "none",
         "dropout": "Dropout",
@@ -76,8 +77,13 @@ def method_label(method: str, policy_name: str, origin: str) -> str:
         "dropblock": "DropBlock",
         "stochasticdepth": "Stochastic depth",
         "variational": "Variational dropout",
+        "supervised": "supervised",
+        "augmented": "supervised, strongly augmented",
+        "uda": "UDA",
     }
-    return labels.get(method, f"AutoDropout ({policy_name}, {origin})")
+    if method.startswith("uda+"):
+        return f"UDA + {labels.get(method.removeprefix('uda+'), learned)}"
+    return labels.get(method, learned)
 
 
 def policy_origin(policy: Policy) -> str:

@@ -39,6 +39,19 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     return Estimate(n, mean, quantile * statistics.stdev(values) / n**0.5)
 
 
+def paired(values: Sequence[float], base: Sequence[float]) -> tuple[Estimate, float | None]:
+    """Of the differences `values - base`, seed by seed: the estimate, and the p-value of the two-sided paired t-test.
+
+    None where the test does not exist: for one difference, and where all are equal.
+
+    Raises:
+        ValueError: unequal numbers of values, or none.
+    """
+    found = estimate([value - other for value, other in zip(values, base, strict=True)])
+    differences = {value - other for value, other in zip(values, base, strict=True)}
+    return found, float(stats.ttest_rel(values, base).pvalue) if len(differences) > 1 else None
+
+
 @dataclass(frozen=True)
 class Row:
     """One method: final accuracies in percent by seed, and the paper's number as printed there, if one is known."""
