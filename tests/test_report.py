@@ -11,6 +11,7 @@ from scipy import stats
 
 from autodropout.reproduce.report import Row
 from autodropout.reproduce.report import estimate
+from autodropout.reproduce.report import paired
 from autodropout.reproduce.report import plot
 from autodropout.reproduce.report import table
 
@@ -71,3 +72,15 @@ def test_plot_is_a_picture_that_depends_on_the_values(tmp_path: Path) -> None:
     pixels = [Image.open(path).convert("RGB").tobytes() for path in (first, second, third)]
     assert pixels[0] == pixels[1] != pixels[2]
     assert list(first.parent.iterdir()) == [first]
+
+
+def test_paired_differences_by_hand() -> None:
+    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 2 sqrt(3) with 2 degrees of freedom, whose two-sided
+    # p is 1 - t / sqrt(2 + t^2) = 1 - sqrt(6 / 7).
+    found, p = paired((5.0, 4.0, 9.0), (4.0, 2.0, 6.0))
+    assert found == estimate((1.0, 2.0, 3.0))
+    assert p == pytest.approx(1 - (6 / 7) ** 0.5)
+    assert paired((5.0,), (4.0,))[1] is None
+    assert paired((5.0, 4.0), (4.0, 3.0))[1] is None, "no variance, no test"
+    with pytest.raises(ValueError, match="shorter"):
+        paired((5.0, 4.0), (4.0,))
