@@ -113,8 +113,7 @@ LABEL_PRESETS = {
         recipe=UdaRecipe(10, 1, 40, 50, 0.1, 5e-4, "default", unlabelled_batch=100, strong_augment="default", **UDA),
         train_images=800,
         valid_images=200,
-        tuning_seeds=1,
-        cost="40 models",
+        cost="55 models",
     ),
     "small": dataclasses.replace(
         PRESETS["small"],
