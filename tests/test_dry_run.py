@@ -1,0 +1,103 @@
+"""What a dry run says: operations and memory against hand-made counts, and the parameters of the published networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autodropout.reproduce.dry_run import Cost
+from autodropout.reproduce.dry_run import cost_lines
+from autodropout.reproduce.dry_run import cost_of
+from autodropout.reproduce.models.imagenet import NETWORKS
+from autodropout.reproduce.models.imagenet import build_network
+from autodropout.reproduce.models.transformer_xl import PENN_TREEBANK
+from autodropout.reproduce.models.transformer_xl import TransformerXL
+from autodropout.reproduce.models.wide_resnet import WideResNet
+
+
+def cost(model: nn.Module, *shape: int) -> Cost:
+    """With an input that needs no gradient, as images do."""
+    model.to("meta")
+    return cost_of(lambda: (model, lambda: model(torch.empty(*shape)).sum()))
+
+
+def test_a_linear_layer() -> None:
+    found = cost(nn.Linear(3, 5), 7, 3)
+    assert found.parameters == 3 * 5 + 5
+    # Forward and the gradient of the weights; the input needs none. It is all that is kept.
+    assert found.flops == 2 * (2 * 7 * 3 * 5)
+    assert (found.saved_numbers, found.saved_bytes) == (7 * 3, 0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolutions_cost_the_same_forward_and_for_each_gradient(groups: int) -> None:
+    first = nn.Conv2d(4, 4, 3, padding=1, groups=groups, bias=False)
+    second = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups, bias=False)
+    forward = 2 * 2 * (36 * 4 * 4 // groups * 9), 2 * 2 * (9 * 8 * 4 // groups * 9)  # 2 images of 6x6
+    # The first has no gradient of its input.
+    assert cost(nn.Sequential(first, second), 2, 4, 6, 6).flops == 2 * forward[0] + 3 * forward[1]
+
+
+def test_a_transposed_convolution() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2, bias=False))
+    forward = 2 * 2 * (25 * 3 * 4), 2 * 2 * (25 * 4 * 6 // 2 * 4)
+    assert cost(layers, 2, 3, 5, 5).flops == 2 * forward[0] + 3 * forward[1]
+
+
+def test_what_autograd_keeps_is_counted_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.sigmoid(x * self.weight)  # keeps x, and its result
+            return F.max_pool1d((h * h)[None], 5)[0]  # keeps the result again, its square, and an int64 index
+
+    found = cost(Twice(), 4, 5)
+    assert found.saved_numbers == 3 * 4 * 5
+    assert found.saved_bytes == 8 * 4
+    assert found.activation_bytes(2) == 2 * 3 * 4 * 5 + 8 * 4
+
+
+def test_lines() -> None:
+    found = Cost(parameters=2**28, flops=10**12, saved_numbers=2**30, saved_bytes=0)
+    parameters, operations, memory = cost_lines(found, "8 images", passes=4, copies=2, width=2)
+    assert parameters == "Parameters: 268,435,456"
+    assert operations.startswith("Operations: 4e+12 floating-point operations a step")
+    assert "(8 images, 4 times a step;" in operations
+    assert "6.00 GiB = weights and gradients 2.00 + optimizer and averages 2.00 + what" in memory
+    assert "2 bytes a number, 2.00 (" in memory
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "multiplications"),
+    # Of one image, forward, as their papers and torchvision's documentation give them.
+    [("resnet50", 25.6e6, 4.09e9), ("efficientnet_b0", 5.3e6, 0.39e9), ("efficientnet_b7", 66.3e6, 37.75e9)],
+)
+def test_networks_for_imagenet_have_the_published_size(name: str, parameters: float, multiplications: float) -> None:
+    size = NETWORKS[name].image_size
+
+    def step() -> tuple[nn.Module, object]:
+        model = build_network(name, classes=1000)
+        return model, lambda: model(torch.empty(2, 3, size, size)).sum()
+
+    found = cost_of(step)  # type: ignore[arg-type]
+    assert found.parameters == pytest.approx(parameters, rel=0.01)
+    # Forward and two gradients, but none of the images; two operations a multiplication.
+    assert found.flops / 2 / 6 == pytest.approx(multiplications, rel=0.03)
+
+
+@pytest.mark.parametrize(("depth", "width", "parameters"), [(28, 10, 36.5e6), (28, 2, 1.47e6)])
+def test_wide_residual_networks_have_the_published_size(depth: int, width: int, parameters: float) -> None:
+    with torch.device("meta"):
+        model = WideResNet(depth, width)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+
+
+def test_the_language_model_of_penn_treebank_has_24_million_parameters() -> None:
+    with torch.device("meta"):
+        model = TransformerXL(10_000, PENN_TREEBANK)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(24e6, rel=0.03)
