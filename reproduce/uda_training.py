@@ -57,14 +57,16 @@ class UdaRecipe(Recipe):
         weight: lambda; with 0 the unlabelled images take no part, in as many steps.
         temperature, confidence: of `uda.consistency_loss`.
         annealing: of `uda.annealing_threshold`.
+
+    The defaults are what UDA's paper has for CIFAR-10; its annealing is for other data.
     """
 
     unlabelled_batch: int
     strong_augment: str
-    weight: float
-    temperature: float
-    confidence: float
-    annealing: str
+    weight: float = 1.0
+    temperature: float = 0.4
+    confidence: float = 0.8
+    annealing: str = "none"
 
 
 @dataclass(frozen=True)
