@@ -184,6 +184,13 @@ def test_presets() -> None:
     assert (LABEL_PRESETS["demo"].train_images, LABEL_PRESETS["demo"].valid_images) == (800, 200)
 
 
+def test_help_states_the_cost_of_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    _, after = capsys.readouterr().out.split("with --labels:\n")
+    assert [line.split(maxsplit=1) for line in after.splitlines()] == [[n, p.cost] for n, p in LABEL_PRESETS.items()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
