@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -118,3 +119,33 @@ def cost_lines(cost: Cost, batch: str, passes: int, copies: int, width: int) -> 
         f"optimizer and averages {averages:.2f} + what autograd keeps of one pass, {width} bytes a number, {kept:.2f} "
         "(no workspaces, no fragmentation)",
     ]
+
+
+def models_line(name: str, models: int, data: str, epochs: int, steps: int, flops: int) -> str:
+    """For the user: what all models of a phase cost.
+
+    Args:
+        name: of the phase.
+        models: so many.
+        data: what each is trained on.
+        epochs, steps: of each.
+        flops: of a step, on all devices.
+    """
+    return (
+        f"{models} models {name}: {data}, {epochs} epochs, {steps:,} steps, {flops * steps:.3g} floating-point "
+        f"operations each, {models * flops * steps:.3g} together"
+    )
+
+
+def classification_step(
+    build: Callable[[], nn.Module], batch: int, channels: int, size: int, label_smoothing: float = 0.0
+) -> Callable[[], tuple[nn.Module, Callable[[], torch.Tensor]]]:
+    """For `cost_of`: a network that `build` makes, on `batch` images of `channels` x `size` x `size`."""
+
+    def step() -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+        model = build()
+        images = torch.empty(batch, channels, size, size)
+        labels = torch.empty(batch, dtype=torch.int64)
+        return model, lambda: F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+
+    return step

@@ -16,13 +16,10 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from autodropout.reproduce import group
 from autodropout.reproduce.command import Parser
@@ -32,8 +29,10 @@ from autodropout.reproduce.command import run_with_progress
 from autodropout.reproduce.command import some_of
 from autodropout.reproduce.data import DIGITS
 from autodropout.reproduce.data import HUB
+from autodropout.reproduce.dry_run import classification_step
 from autodropout.reproduce.dry_run import cost_lines
 from autodropout.reproduce.dry_run import cost_of
+from autodropout.reproduce.dry_run import models_line
 from autodropout.reproduce.experiment import Experiment
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
@@ -350,13 +349,9 @@ def _described(args: argparse.Namespace, preset: Preset, recipe: ImageNetRecipe)
     """What one network would cost: on digits in the demo, else on ImageNet, whether that is there or not."""
     network = NETWORKS[recipe.model]
     classes, pool = (10, preset.train_images) if args.preset == "demo" else (IMAGENET_CLASSES, IMAGENET_TRAIN)
-
-    def step() -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-        model = build_network(recipe.model, classes)
-        images = torch.empty(recipe.micro_batch, 3, network.image_size, network.image_size)
-        labels = torch.empty(recipe.micro_batch, dtype=torch.int64)
-        return model, lambda: F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
-
+    step = classification_step(
+        lambda: build_network(recipe.model, classes), recipe.micro_batch, 3, network.image_size, LABEL_SMOOTHING
+    )
     cost = cost_of(step)
     batch = f"{recipe.micro_batch} images of {network.image_size}x{network.image_size}"
     copies = 1 if recipe.average is None else 2  # momentum; the moving average
@@ -374,13 +369,10 @@ def _described(args: argparse.Namespace, preset: Preset, recipe: ImageNetRecipe)
         f"{recipe.warmup} epochs, then to 0 along a cosine; weight decay {recipe.weight_decay:g}; label smoothing "
         f"{LABEL_SMOOTHING:g}" + ("" if recipe.average is None else f"; moving average {recipe.average:g}"),
     ]
+    flops = cost.flops * recipe.accumulated * recipe.ranks
     for name, models, images in phases:
         steps = images // recipe.batch_size * recipe.epochs
-        flops = cost.flops * recipe.accumulated * recipe.ranks * steps
-        lines.append(
-            f"{models} models {name}: {images:,} images, {recipe.epochs} epochs, {steps:,} steps, {flops:.3g} "
-            f"floating-point operations each, {models * flops:.3g} together"
-        )
+        lines.append(models_line(name, models, f"{images:,} images", recipe.epochs, steps, flops))
     return "\n".join(lines)
 
 

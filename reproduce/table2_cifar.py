@@ -29,14 +29,20 @@ from autodropout.reproduce.data import DIGITS
 from autodropout.reproduce.data import HUB
 from autodropout.reproduce.data import ImageData
 from autodropout.reproduce.data import open_data
+from autodropout.reproduce.dry_run import classification_step
+from autodropout.reproduce.dry_run import cost_lines
+from autodropout.reproduce.dry_run import cost_of
+from autodropout.reproduce.dry_run import models_line
 from autodropout.reproduce.experiment import Experiment
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
 from autodropout.reproduce.image_task import ImageTask
 from autodropout.reproduce.methods import METHODS
+from autodropout.reproduce.methods import STRENGTHS
 from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.methods import open_policy
 from autodropout.reproduce.methods import policy_origin
+from autodropout.reproduce.models.wide_resnet import WideResNet
 from autodropout.reproduce.report import Row
 from autodropout.reproduce.report import plot
 from autodropout.reproduce.report import table
@@ -135,8 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(preset.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if args.dry_run:
+            print(_described(args, preset))
+            return 0
         data = _data(args, preset)
-        settings = _settings(args, preset, data)
+        settings = _settings(args, preset, data.augment)
         task = ImageTask(settings, data) if args.labels is None else UdaTask(settings, data, args.labels)
         task.check_policies()
         experiment = Experiment(task, device)
@@ -201,6 +210,7 @@ def _parser() -> Parser:
         default="default",
         help="default: mirror and crop for CIFAR-10, nothing for digits; randaugment: torchvision's, after the default",
     )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
     return parser
 
 
@@ -220,7 +230,7 @@ def _data(args: argparse.Namespace, preset: Preset) -> ImageData:
     return open_data(source, images - valid, valid)
 
 
-def _settings(args: argparse.Namespace, preset: Preset, data: ImageData) -> Settings:
+def _settings(args: argparse.Namespace, preset: Preset, augment: str) -> Settings:
     allowed = METHODS if args.labels is None else UDA_METHODS
     methods = args.methods or allowed
     for method in methods:
@@ -231,7 +241,6 @@ def _settings(args: argparse.Namespace, preset: Preset, data: ImageData) -> Sett
     for option, value in (("--seeds", seeds), ("--epochs", epochs)):
         if value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
-    augment = data.augment
     recipe = dataclasses.replace(preset.recipe, epochs=epochs, augment=augment)
     if isinstance(recipe, UdaRecipe):
         if args.augment != "default":
@@ -250,6 +259,43 @@ def _settings(args: argparse.Namespace, preset: Preset, data: ImageData) -> Sett
         final_on_all=preset.valid_images is None,
         policy_name=policy_name,
         policy=policy,
+    )
+
+
+def _described(args: argparse.Namespace, preset: Preset) -> str:
+    """What it would cost, on digits in the demo and else on CIFAR-10, whether that is there or not."""
+    if args.labels is not None:
+        raise ValueError("--dry-run counts steps with all labels; it cannot be combined with --labels")
+    digits = args.data == DIGITS or (args.data is None and args.preset == "demo")
+    channels, size = (1, 8) if digits else (3, 32)
+    settings = _settings(args, preset, "none" if digits else "flip_crop")
+    recipe, images = settings.recipe, args.train_images or preset.train_images
+    valid = max(1, images // 10) if preset.valid_images is None else 0
+    network = classification_step(
+        lambda: WideResNet(recipe.depth, recipe.width, 10, channels), recipe.batch_size, channels, size
+    )
+    cost = cost_of(network)
+    trials = settings.tuning_seeds * sum(len(STRENGTHS[method]) for method in settings.methods)
+    phases = (("to tune", trials, images - valid), ("final", settings.seeds * len(settings.methods), images))
+    return "\n".join(
+        [
+            f"WRN-{recipe.depth}-{recipe.width}, augmentation {recipe.augment}",
+            f"Methods: {', '.join(settings.methods)}",
+            *cost_lines(cost, f"{recipe.batch_size} images of {size}x{size}", 1, copies=1, width=4 if digits else 2),
+            f"SGD with Nesterov momentum, learning rate from {recipe.learning_rate:g} to 0 along a cosine, weight "
+            f"decay {recipe.weight_decay:g}",
+            *(
+                models_line(
+                    name,
+                    models,
+                    f"{n:,} images",
+                    recipe.epochs,
+                    max(1, n // recipe.batch_size) * recipe.epochs,
+                    cost.flops,
+                )
+                for name, models, n in phases
+            ),
+        ]
     )
 
 

@@ -16,10 +16,12 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from autodropout.reproduce.command import Parser
 from autodropout.reproduce.command import count
@@ -29,6 +31,9 @@ from autodropout.reproduce.command import some_of
 from autodropout.reproduce.corpus import HUB
 from autodropout.reproduce.corpus import PYDOC
 from autodropout.reproduce.corpus import open_corpus
+from autodropout.reproduce.dry_run import cost_lines
+from autodropout.reproduce.dry_run import cost_of
+from autodropout.reproduce.dry_run import models_line
 from autodropout.reproduce.experiment import Experiment
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
@@ -241,18 +246,31 @@ def _notes(task: LanguageTask) -> list[str]:
 
 def _described(task: LanguageTask, device: torch.device) -> str:
     recipe, settings = task.settings.recipe, task.settings
-    steps = -(-(len(task.corpus.train) // recipe.batch_size) // recipe.segment)
-    models = settings.tuning_seeds * sum(len(task.strengths[m]) for m in settings.methods)
+    steps = recipe.epochs * -(-(len(task.corpus.train) // recipe.batch_size) // recipe.segment)
+    trials = settings.tuning_seeds * sum(len(task.strengths[m]) for m in settings.methods)
+    cost = cost_of(lambda: _step(task))
+    batch = f"{recipe.batch_size} segments of {recipe.segment} words with a memory of {recipe.memory}"
+    data = f"{len(task.corpus.train):,} words"
     return "\n".join(
         [
             *_title(task, "test"),
-            f"Methods: {', '.join(settings.methods)}; {models} models to tune, "
-            f"{settings.seeds * len(settings.methods)} final ones, on {device.type}",
-            f"Steps: {steps:,} an epoch, {steps * recipe.epochs:,} a model; {recipe.batch_size} streams, segments of "
-            f"{recipe.segment} words, memory of {recipe.memory} ({recipe.evaluation_memory} in evaluation)",
-            f"Adam, learning rate {recipe.learning_rate:g} after {recipe.warmup:,} steps, then to 0 along a cosine",
+            f"Methods: {', '.join(settings.methods)}",
+            *cost_lines(cost, batch, 1, copies=2, width=2 if device.type == "cuda" else 4),
+            f"Adam, learning rate {recipe.learning_rate:g} after {recipe.warmup:,} steps, then to 0 along a cosine; a "
+            f"memory of {recipe.evaluation_memory} in evaluation",
+            models_line("to tune", trials, data, recipe.epochs, steps, cost.flops),
+            models_line("final", settings.seeds * len(settings.methods), data, recipe.epochs, steps, cost.flops),
         ]
     )
+
+
+def _step(task: LanguageTask) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """For `cost_of`: all segments have their memory, as they have but for the first ones."""
+    recipe = task.settings.recipe
+    model = TransformerXL(len(task.corpus.words), recipe.size)
+    words = torch.empty(recipe.batch_size, recipe.segment, dtype=torch.int64)
+    memory = torch.empty(recipe.size.layers, recipe.batch_size, recipe.memory, recipe.size.width)
+    return model, lambda: model(words, words, memory)[0].mean()
 
 
 def _parameters(task: LanguageTask) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autodropout.reproduce import table2_cifar
 from autodropout.reproduce.dry_run import Cost
 from autodropout.reproduce.dry_run import cost_lines
 from autodropout.reproduce.dry_run import cost_of
@@ -101,3 +104,26 @@ def test_the_language_model_of_penn_treebank_has_24_million_parameters() -> None
     with torch.device("meta"):
         model = TransformerXL(10_000, PENN_TREEBANK)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(24e6, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [("demo", "77,562"), ("small", "1,467,610"), ("paper", "36,479,194")]
+)
+def test_table_2_says_what_it_would_train(
+    preset: str, parameters: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert table2_cifar.main(["--preset", preset, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert f"Parameters: {parameters}\n" in text
+    if preset == "paper":
+        # WRN-28-10 is known for 5.2e9 multiplications an image, forward.
+        assert "15 models to tune: 45,000 images, 200 epochs, 70,200 steps, 2.83e+17 floating-point" in text
+        multiplications = 2.83e17 / 70_200 / 128 / 6
+        assert multiplications == pytest.approx(5.2e9, rel=0.03)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_table_2_counts_no_steps_of_few_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert table2_cifar.main(["--labels", "20", "--dry-run"]) == 2
+    assert "--dry-run counts steps with all labels" in capsys.readouterr().err
