@@ -30,7 +30,7 @@ PROXY_TRAIN, PROXY_VALID = 80_000, 5_000
 DIGITS_SIDE = 32
 # Of each split; the pixels of these are in the fingerprint.
 FINGERPRINTED = 64
-PARQUET_PREFIXES = {"train": ("train",), "validation": ("validation", "val")}
+PARQUET_FILES = {"train": "train*.parquet", "validation": "val*.parquet"}
 
 
 class Images(Dataset[Any]):
@@ -204,10 +204,7 @@ def _from_folder(folder: Path) -> tuple[str, tuple[Images, Images]]:
     if (folder / "train").is_dir():
         return "ImageNet (a folder of images)", _files(folder)
     for candidate in (folder, folder / "data"):
-        files = {
-            split: sorted(str(path) for prefix in prefixes for path in candidate.glob(f"{prefix}*.parquet"))
-            for split, prefixes in PARQUET_PREFIXES.items()
-        }
+        files = {split: sorted(str(path) for path in candidate.glob(name)) for split, name in PARQUET_FILES.items()}
         if files["train"]:
             if not files["validation"]:
                 raise DataError(f"{candidate} has {Path(files['train'][0]).name} but no validation*.parquet")
