@@ -332,7 +332,17 @@ def source_fingerprint(packages: Sequence[str] = PACKAGES) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that take part in a training."""
-    names = ("autodropout", "torch", "torchvision", "numpy", "scikit-learn", "datasets", "pillow")
+    names = (
+        "autodropout",
+        "torch",
+        "torchvision",
+        "numpy",
+        "scikit-learn",
+        "datasets",
+        "pillow",
+        "tokenizers",
+        "sacrebleu",
+    )
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 

@@ -24,7 +24,7 @@ FOLDER_LANGUAGES = ("de", "en")
 # Of Job, Psalms, Proverbs and Ecclesiastes: the verses with at most so many words on either side. Verse as these books
 # are, they have more short ones than others.
 BIBLE_BOOKS = (18, 19, 20, 21)
-BIBLE_WORDS = 16
+BIBLE_WORDS = 14
 # A run of so many words tells where a verse is from; a shorter verse is a run by itself.
 RUN = 8
 

@@ -15,6 +15,7 @@ from typing import Any
 from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.report import estimate
 from autodropout.reproduce.table3_language_model import NAME as LANGUAGE_MODELS
+from autodropout.reproduce.table4_translation import NAME as TRANSLATIONS
 from autodropout.reproduce.table5_search import NAME as SEARCHES
 from autodropout.reproduce.table5_search import table
 
@@ -41,7 +42,8 @@ def section(path: Path) -> str:
     if lines[0]["experiment"] == SEARCHES:
         return _searches(path, lines)
     final = [line for line in lines if line["phase"] == "final"]
-    head, columns = _language_models(final[0]) if final[0]["experiment"] == LANGUAGE_MODELS else _images(final[0])
+    described = {LANGUAGE_MODELS: _language_models, TRANSLATIONS: _translations}.get(final[0]["experiment"], _images)
+    head, columns = described(final[0])
     names, tested = [column.name for column in columns], columns[-1]
     base = "none" if any(line["method"] == "none" for line in final) else "supervised"
     of_base = {line["seed"]: tested.of(line) for line in final if line["method"] == base}
@@ -112,6 +114,21 @@ def _language_models(line: dict[str, Any]) -> tuple[list[str], list[_Column]]:
         "all of them.",
     ]
     return head, [_Column("validation perplexity", "valid_perplexity"), _Column("test perplexity", "perplexity")]
+
+
+def _translations(line: dict[str, Any]) -> tuple[list[str], list[_Column]]:
+    """As `_images`."""
+    recipe = line["arguments"]
+    size = recipe["size"]
+    head = [
+        f"## {line['experiment']}, preset {line['preset']}: {line['data']['title']}, "
+        f"Transformer of {size['layers']} + {size['layers']} layers of width {size['width']}",
+        "",
+        f"{line['parameters']:,} parameters, {recipe['train_pairs']:,} training pairs, {recipe['epochs']} epochs, beam "
+        f"{recipe['beam']}; {recipe['evaluation_pairs']:,} test pairs, of which the source itself, untouched, has a "
+        f"BLEU of {recipe['untouched_bleu']:.2f}. sacrebleu {recipe['signature']}.",
+    ]
+    return head, [_Column("validation BLEU", "valid_bleu"), _Column("test BLEU", "bleu")]
 
 
 def _searches(path: Path, lines: list[dict[str, Any]]) -> str:

@@ -79,5 +79,32 @@ def test_section_of_language_models_has_both_texts(tmp_path: Path) -> None:
     assert "| Variational dropout | 0.1 | 2 | 48.50 ± 19.06 | 46.50 ± 19.06 | -4.00 ± 12.71 |" in text
 
 
+def test_section_of_translations_says_what_the_source_has(tmp_path: Path) -> None:
+    arguments = {
+        "size": {"layers": 2, "width": 64, "heads": 4, "inner": 128},
+        "epochs": 7,
+        "beam": 4,
+        "train_pairs": 9000,
+        "evaluation_pairs": 400,
+        "untouched_bleu": 53.017,
+        "signature": "nrefs:1|version:2",
+    }
+    changes = {"experiment": "table4_translation", "arguments": arguments, "parameters": 123456}
+    lines = []
+    for method, seed, bleu in (("none", 0, 30.0), ("none", 1, 31.0), ("dropout", 0, 32.0), ("dropout", 1, 35.0)):
+        record = json.loads(line(method, seed, 0.0)) | changes | {"bleu": bleu, "valid_bleu": bleu - 1}
+        lines.append(json.dumps(record))
+    path = tmp_path / "run.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    text = section(path)
+    assert "preset demo: digits, Transformer of 2 + 2 layers of width 64" in text
+    assert "123,456 parameters, 9,000 training pairs, 7 epochs, beam 4; 400 test pairs" in text
+    assert "untouched, has a BLEU of 53.02. sacrebleu nrefs:1|version:2." in text
+    assert "| method | tuned strength | seeds | validation BLEU | test BLEU | difference to none |" in text
+    # Two values 1 apart: 12.7062 * 0.7071 / sqrt(2) = 6.35; 3 apart: 19.06; differences 2 and 4.
+    assert "| none | – | 2 | 29.50 ± 6.35 | 30.50 ± 6.35 | – |" in text
+    assert "| Dropout | 0.1 | 2 | 32.50 ± 19.06 | 33.50 ± 19.06 | +3.00 ± 12.71 |" in text
+
+
 def test_the_committed_page_is_generated() -> None:
     assert (ROOT / "docs/results.md").read_text() == page(sorted((ROOT / "results").glob("*.jsonl")))

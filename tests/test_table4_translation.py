@@ -1,0 +1,107 @@
+"""The script of table 4: offline to its table, the same command again trains nothing, and refusals of one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import check_kills
+
+from autodropout.reproduce import table4_translation as script
+
+SENTENCES = [f"{a} {b} {c}" for a in "abcd" for b in "efgh" for c in "abcd"]
+
+
+def write(folder: Path, copies: int) -> None:
+    """A small parallel corpus: the words in capitals."""
+    for split, sentences in {"train": SENTENCES * copies, "valid": SENTENCES[:4], "test": SENTENCES[4:8]}.items():
+        (folder / f"{split}.de").write_text("\n".join(sentences) + "\n")
+        (folder / f"{split}.en").write_text("\n".join(sentences).upper() + "\n")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A small corpus, and a small network for it, in the working directory."""
+    write(tmp_path, copies=1)
+    monkeypatch.chdir(tmp_path)
+    demo = script.PRESETS["demo"]
+    size = dataclasses.replace(demo.recipe.size, layers=1, width=8, heads=2, inner=8)
+    recipe = dataclasses.replace(demo.recipe, size=size, epochs=2, warmup=5, vocabulary=300)
+    monkeypatch.setitem(script.PRESETS, "demo", dataclasses.replace(demo, recipe=recipe))
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def test_to_the_table_and_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--data", "."]) == 0
+    first = capsys.readouterr().out
+    lines = first.splitlines()
+    assert max(map(len, lines)) <= 80
+    names = ["none", "Dropout", "Variational", "AutoDropout"]
+    assert [name for line in lines for name in names if line.startswith(name)][:4] == names
+    for split in ("validation", "test"):
+        assert sum(line.startswith(f"Table 4 (the numbering is ours): {split} BLEU") for line in lines) == 1
+    assert "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in first
+    (results,) = (folder / "results").glob("*.jsonl")
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(records) == 3 * 3 + 4 * 2
+    final = [record for record in records if record["phase"] == "final"]
+    assert {record["metric"] for record in records} == {"bleu"}
+    assert all(0 <= record["bleu"] <= 100 and 0 <= record["valid_bleu"] <= 100 for record in final)
+    assert all("signature" in record["arguments"] for record in records)
+    assert results.with_suffix(".png").stat().st_size > 10_000
+    before = results.read_bytes()
+    assert script.main(["--data", "."]) == 0
+    assert capsys.readouterr().out == first
+    assert results.read_bytes() == before
+
+
+def test_kill_9_and_the_same_command_end_in_the_same_table(tmp_path: Path) -> None:
+    write(tmp_path, copies=4)
+    tiny = ["--data", str(tmp_path), "--epochs", "2", "--seeds", "1", "--methods", "none,autodropout"]
+    table = check_kills(Path(script.__file__), tmp_path, tiny, models=3 + 2)
+    assert "test BLEU" in table
+
+
+@pytest.mark.parametrize("preset", script.PRESETS)
+def test_a_dry_run_trains_nothing(preset: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--preset", preset, "--data", ".", "--dry-run"]) == 0
+    assert "parameters" in capsys.readouterr().out
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "small"], "preset small needs a parallel corpus: give --data"),
+        (["--preset", "paper"], "preset paper needs a parallel corpus: give --data"),
+        (["--data", "missing"], "data must be 'bible', 'iwslt14', 'wmt14' or a folder with train.de"),
+        (["--policy", "hand-v0"], "autodropout at strength 0.5: model has no sites of place 'batch_norm'"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(script.DATA_VARIABLE, raising=False)
+    assert script.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"table4_translation: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_the_help_says_what_every_preset_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for preset in script.PRESETS.values():
+        assert preset.cost
+        assert preset.cost in text
