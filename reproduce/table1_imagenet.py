@@ -181,10 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if group.rank() != 0:
             task.follow(device)
             return 0
-        try:
-            return _run(task, device)
-        finally:
-            task.finish()
+        code = _run(task, device)
+        task.finish()
+        return code
 
 
 def _run(task: ImageNetTask, device: torch.device) -> int:
