@@ -1,7 +1,4 @@
-"""Puts a policy on a model, and takes it off again.
-
-At each site the module whose output is masked gets a child, `pattern_dropout`, and a subclass of its class, whose
-`forward` calls the child. The child has no parameters and no buffers, so the keys of the `state_dict` stay.
+"""Puts a policy on a model, and takes it off again. What becomes of the modules at the sites: masked.py.
 
 A forward hook would be the obvious way, but Dynamo does not look for hooks (`skip_nnmodule_hook_guards`): code that it
 compiled for a model without a policy would be used, silently, for the same model with one. It does look at classes.
@@ -12,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import nn
 
-from .kernels import softmax_token_dropout
-from .nn import PatternDropout
+from .conventions import Spot
+from .masked import CHILD
+from .masked import MaskedLayer
+from .masked import MaskedModule
+from .masked import SiteDropout
+from .masked import masked_class
 from .nn import PatternSite
-from .nn import SoftmaxSite
 from .patterns import BernoulliPattern
 from .patterns import Pattern
 from .patterns import TiledPattern
@@ -34,8 +32,9 @@ from .sites import Map
 from .sites import ModelSite
 from .sites import sites_by_place
 from .sites import skip_child
+from .sites import spot_layout
+from .sites import uncompiled
 
-CHILD = "pattern_dropout"
 MAX_RATE = 0.95
 
 
@@ -60,69 +59,6 @@ class AppliedSite:
     length: int | None = None
 
 
-class SiteDropout(PatternDropout):
-    """The `PatternDropout` of a site, which remembers how to take it off again."""
-
-    was_child: bool = False  # it stands for a None among the children of its block, rather than among the attributes
-
-    def _get_name(self) -> str:
-        return "PatternDropout"
-
-    @property
-    def of_tokens(self) -> bool:
-        return self._op == TokenPattern.op
-
-    def after_softmax(self, scores: torch.Tensor) -> torch.Tensor:
-        """What `forward` makes of the softmax of the scores, in one op, while training and with a `TokenPattern`."""
-        share_t, share_c = "t" in str(self._shared), "c" in str(self._shared)
-        normalize = self._default_normalize if self.normalize is None else self.normalize
-        y: torch.Tensor = softmax_token_dropout(
-            scores, self._fields, share_t=share_t, share_c=share_c, normalize=normalize
-        )
-        return y
-
-
-class MaskedModule(nn.Module):
-    """What the classes of sites' modules have in common, see `masked_class`."""
-
-    unmasked_class: type[nn.Module]
-    pattern_dropout: SiteDropout
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        masked: torch.Tensor = self.pattern_dropout(super().forward(*args, **kwargs))
-        return masked
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickles and copies name the class that can be imported, and make this one from it.
-        reduced: Any = super().__reduce_ex__(protocol)
-        return _new_masked, (self.unmasked_class,), *reduced[2:]
-
-
-class MaskedSoftmax(MaskedModule):
-    """A `SoftmaxSite` with a pattern: with one of tokens, softmax and mask are one op."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dropout = self.pattern_dropout
-        return dropout.after_softmax(x) if dropout.training and dropout.of_tokens else super().forward(x)
-
-
-_MASKED_CLASSES: dict[type[nn.Module], type[MaskedModule]] = {}
-
-
-def masked_class(kind: type[nn.Module]) -> type[MaskedModule]:
-    """The class of a module of this kind whose output is masked: always the same one, a subclass of the same name."""
-    if kind not in _MASKED_CLASSES:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        base = MaskedSoftmax if issubclass(kind, SoftmaxSite) else MaskedModule
-        _MASKED_CLASSES[kind] = type(kind.__name__, (base, kind), {"unmasked_class": kind, **names})
-    return _MASKED_CLASSES[kind]
-
-
-def _new_masked(kind: type[nn.Module]) -> MaskedModule:
-    masked = masked_class(kind)
-    return masked.__new__(masked)
-
-
 def apply_policy(model: nn.Module, policy: Policy, example: Example | None = None) -> list[AppliedSite]:
     """Puts the patterns of a policy at the sites of a model, in place.
 
@@ -133,8 +69,9 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     other sites. The blocks that can be masked so are `BasicBlock` and `Bottleneck` of torchvision's and timm's ResNets
     and our `WideBlock`.
 
-    A Transformer takes `TokenPattern`s at its `PatternSite`s, and `BernoulliPattern`s of cells or samples; a policy
-    moves between Transformers place by place.
+    A Transformer takes `TokenPattern`s, and `BernoulliPattern`s of cells or samples; a policy moves between
+    Transformers place by place. The places are those that the model marks (`PatternSite`), or in models of timm and
+    `transformers` those that the names of their modules tell (conventions.py), which needs an example.
 
     The keys of the `state_dict` stay the same, evaluation does what it did, and `deepcopy`, pickling, EMA copies,
     `torch.compile` (before or after), `torch.export`, DDP and FSDP work. `convert_sync_batchnorm` makes new modules:
@@ -162,18 +99,27 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(policy, Policy):
         raise TypeError(f"policy must be a Policy, got {type(policy).__name__}")
-    model = getattr(model, "_orig_mod", model)  # as in `find_sites`
+    model = uncompiled(model)
     if next(_site_dropouts(model), None) is not None:
         raise ValueError("model has a policy already: call remove_policy first")
     for source in policy.sites:
-        _check_kind(source)
+        check_kind(source)
     places = [place for place in PLACES if any(site.place == place for site in policy.sites)]
     found = sites_by_place(model, example, places)
-    plan = [step for place in places for step in _plan(model, policy, place, found[place], example is not None)]
-    applied = [_applied(site, pattern) for site, pattern in plan]
+    plan = [
+        (site, pattern)
+        for place in places
+        for site, pattern in plan_place(model, policy, place, found[place], example is not None)
+        if pattern is not None
+    ]
+    applied = [checked_site(site, pattern) for site, pattern in plan]
 
     for site, pattern in plan:
-        _mask_output(model.get_submodule(site.target), pattern)
+        module = model.get_submodule(site.target)
+        if site.spot is None:
+            _mask_output(module, pattern)
+        else:
+            _mask_spot(module, site.spot, pattern)
         if site.block is not None and isinstance(pattern, TiledPattern) and pattern.residual:
             _mask_skip(model.get_submodule(site.block), pattern)
     return applied
@@ -188,23 +134,26 @@ def remove_policy(model: nn.Module) -> None:
     """
     found = list(_site_dropouts(model))
     for parent, _, _ in found:
-        if isinstance(parent, MaskedModule) and type(parent) is not masked_class(parent.unmasked_class):
+        if isinstance(parent, MaskedModule) and type(parent) is not masked_class(
+            parent.unmasked_class, parent.masked_base
+        ):
             raise ValueError(f"model must have the classes that apply_policy gave it, got {type(parent).__name__}")
     for parent, name, dropout in found:
-        if isinstance(parent, MaskedModule) and name == CHILD:
+        own = name.startswith(CHILD)
+        if isinstance(parent, MaskedModule) and own:
             parent.__class__ = parent.unmasked_class  # type: ignore[assignment]
         if dropout.was_child:
             parent._modules[name] = None
         else:
             delattr(parent, name)
-            if name != CHILD:
+            if not own:
                 setattr(parent, name, None)
 
 
-def _plan(
+def plan_place(
     model: nn.Module, policy: Policy, place: str, targets: tuple[ModelSite, ...], ran: bool
-) -> list[tuple[ModelSite, Pattern]]:
-    """Which site of a place gets which pattern, checked; sites that get none are left out. Changes nothing."""
+) -> list[tuple[ModelSite, Pattern | None]]:
+    """Which site of a place gets which pattern, checked. Changes nothing; `ran`: whether an example was given."""
     sources = tuple(site for site in policy.sites if site.place == place)
     if not targets:
         reached = " that the example reaches" if ran else ""
@@ -220,12 +169,12 @@ def _plan(
         if isinstance(pattern, TiledPattern) and pattern.residual and target.block is None:
             pattern = replace(pattern, residual=False)
         if pattern is not None:
-            _check_layout(model.get_submodule(target.name), target, pattern)
-            plan.append((target, pattern))
+            _check_layout(model.get_submodule(target.target), target, pattern)
+        plan.append((target, pattern))
     return plan
 
 
-def _check_kind(site: Site) -> None:
+def check_kind(site: Site) -> None:
     """Maps have no tokens, and sequences neither rows nor columns."""
     pattern = site.pattern
     if pattern is None:
@@ -243,7 +192,8 @@ def _check_kind(site: Site) -> None:
 def _check_layout(module: nn.Module, site: ModelSite, pattern: Pattern) -> None:
     """A decision of a sample is one of the first dimension, which has the tokens where time comes first."""
     samples = isinstance(pattern, BernoulliPattern) and pattern.shared == "sample"
-    if samples and isinstance(module, PatternSite) and module.layout == "TNC":
+    layout = module.layout if isinstance(module, PatternSite) else spot_layout(module)
+    if samples and layout == "TNC":
         raise ValueError(f"shared must be 'none' where the layout is 'TNC', got 'sample' at {site.name!r}")
 
 
@@ -266,7 +216,12 @@ def _check_residual(sources: tuple[Site, ...], targets: tuple[ModelSite, ...], e
                 raise ValueError(f"residual must be False at {site.name!r}, which does not end a residual block")
 
 
-def _applied(site: ModelSite, pattern: Pattern) -> AppliedSite:
+def checked_site(site: ModelSite, pattern: Pattern) -> AppliedSite:
+    """What is dropped at a site.
+
+    Raises:
+        ValueError: more than 95% of it.
+    """
     rates = [
         *(_checked(site, pattern, f"map {c}x{h}x{w}", pattern.expected_rate(h, w)) for c, h, w in site.maps),
         *(_checked(site, pattern, f"{length} tokens", _rate_in(pattern, length)) for length in site.lengths),
@@ -294,6 +249,15 @@ def _mask_output(module: nn.Module, pattern: Pattern) -> None:
     module.add_module(CHILD, SiteDropout(pattern, layout=layout).train(module.training))
     if not isinstance(module, nn.Sequential):  # an empty one, see _mask_skip: it runs its children by itself
         module.__class__ = masked_class(type(module))
+
+
+def _mask_spot(module: nn.Module, spot: Spot, pattern: Pattern) -> None:
+    layout = "NHQK" if spot.where == "softmax" else spot_layout(module)
+    dropout = SiteDropout(pattern, layout=layout).train(module.training)
+    dropout.part, dropout.parts = spot.part, spot.parts
+    module.add_module(f"{CHILD}_{spot.place}", dropout)
+    if not isinstance(module, MaskedLayer):
+        module.__class__ = masked_class(type(module), MaskedLayer)
 
 
 def _mask_skip(block: nn.Module, pattern: Pattern) -> None:

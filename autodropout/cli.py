@@ -10,6 +10,7 @@ from typing import NoReturn
 from .draw import MAX_MAP
 from .draw import SUFFIXES
 from .draw import save_figure
+from .policy import PLACES
 from .policy import load_policy
 from .policy import shipped_policies
 from .search.commands import INTERRUPTED
@@ -67,11 +68,47 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
         metavar="SIDE",
         help="side of the map in cells; of a Transformer: tokens, and channels (default: %(default)s)",
     )
-    return parser, {"show": _show, **add_commands(commands)}
+    sites = commands.add_parser(
+        "sites",
+        help="list the sites of a model",
+        description="List the sites of a model, place by place; with a policy, what it drops at each of them.",
+    )
+    sites.add_argument(
+        "model",
+        help="torchvision:NAME, timm:NAME, transformers:CLASS, or FILE.py:FUNCTION, which returns (model, example)",
+    )
+    sites.add_argument("--policy", help="a policy file, or a shipped policy: fit it to the model")
+    sites.add_argument(
+        "-o", "--output", metavar="FILE", help="write the policy that fits, a site for each of the model's"
+    )
+    return parser, {"show": _show, "sites": _sites, **add_commands(commands)}
 
 
 def _show(arguments: argparse.Namespace, _command: Sequence[str]) -> int:
     save_figure(load_policy(arguments.policy), arguments.output, arguments.map)
+    return 0
+
+
+def _sites(arguments: argparse.Namespace, _command: Sequence[str]) -> int:
+    from .fit import size_of  # these need torch
+    from .sites import sites_by_place
+    from .zoo import open_model
+
+    if arguments.output is not None and arguments.policy is None:
+        raise ValueError(f"--output needs --policy, got {arguments.output} without one")
+    model, example = open_model(arguments.model)
+    if arguments.policy is not None:
+        fitted = load_policy(arguments.policy).fit(model, example)
+        if arguments.output is not None:
+            fitted.save(arguments.output)
+        return 0
+    found = {place: sites for place, sites in sites_by_place(model, example, PLACES).items() if sites}
+    if not found:
+        raise ValueError(f"model must have sites of one of the places {', '.join(PLACES)}, got {arguments.model}")
+    for place, sites in found.items():
+        print(f"{place}\n  depth         size  site")
+        for site in sites:
+            print(f"  {site.depth:5.2f}  {size_of(site):>11}  {site.name}")
     return 0
 
 

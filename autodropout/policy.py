@@ -23,6 +23,10 @@ from .patterns.checks import real
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # moved to importlib.resources.abc in Python 3.11
 
+    from torch import nn
+
+    from .sites import Example
+
 SCHEMA = 1  # version of the file format
 MASKS = 1  # version of the bit definitions: the same pattern and seed drop the same cells
 # Where `apply_policy` puts patterns; what they are in a model: sites.py.
@@ -135,6 +139,33 @@ class Policy:
         factor = real("factor", factor, 0)
         sites = (replace(s, pattern=None if s.pattern is None else s.pattern.scaled(factor)) for s in self.sites)
         return Policy(tuple(sites), {"scaled_by": factor, "from": self.provenance})
+
+    def fit(self, model: nn.Module, example: Example | None = None, verbose: bool = True) -> Policy:
+        """The policy moved to a model: a site for each of the model's, by name, so that it can be changed by hand.
+
+        How it moves, which is what `apply_policy` does without being asked:
+
+        - Place by place: what was learned for a query goes to queries. A place that the model lacks is left out.
+        - Within a place by relative depth, the position in order of execution from 0 to 1: each site takes the pattern
+          of the nearest one of the policy, ties to the earlier. In a Transformer with an encoder and a decoder each of
+          them has depths from 0 to 1, and attention to the encoder's output is one more attention of the decoder.
+        - Lengths of tiled patterns are shares of the map's side and need no change; those of tokens stay tokens.
+        - `residual` is lost where it means nothing, see `apply_policy`.
+
+        Args:
+            model: any module; it is not changed.
+            example: what it is called with, as in `find_sites`.
+            verbose: print what goes where, and what is left out.
+
+        Returns:
+            A policy whose names are those of the model's sites.
+
+        Raises:
+            TypeError, ValueError: as `apply_policy`, but for places that the model lacks, if it has one of them.
+        """
+        from .fit import fit_policy
+
+        return fit_policy(self, model, example, verbose)
 
     def to_json(self) -> dict[str, Any]:
         """The policy as a JSON object."""

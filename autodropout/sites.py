@@ -9,9 +9,12 @@ stochastic depth):
   of `autodropout.reproduce.models.wide_resnet`.
 
 Those of a Transformer's layer ("query", "key", "value", "softmax", "output", "residual"; ours: "feed_forward") are the
-outputs of the `PatternSite` modules that name them.
+outputs of the `PatternSite` modules that name them; in a model without any they are known by the names of its modules,
+see conventions.py.
 
-The order is that of the execution, found by running an example; depth is the position in it, from 0 to 1.
+The order is that of the execution, found by running an example; depth is the position in it, from 0 to 1. In a
+Transformer with an encoder and a decoder (components of the paths) each of them has depths of its own, so that the
+patterns of a model with one stack reach all depths of both (our choice).
 """
 
 from __future__ import annotations
@@ -24,9 +27,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import nn
 
+from .attention_weights import KeyCounter
+from .conventions import Spot
+from .conventions import find_spots
 from .nn import PatternSite
+from .policy import LAYER_PLACES
 from .policy import PLACES
 
 Example = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -36,6 +44,7 @@ Size = Map | int
 # Which dimension of a layout counts its tokens.
 TOKENS = {"NTC": 1, "TNC": 0, "NHTD": 2, "NHQK": 3}
 
+STACKS = ("encoder", "decoder")
 SHORTCUT_NAMES = frozenset({"downsample", "shortcut", "skip"})
 
 # Residual blocks whose skip tensor can be masked just before the addition, and the child that makes that tensor. Found
@@ -54,8 +63,9 @@ class ModelSite:
     """One site of a model.
 
     Args:
-        name: path of the module in the model.
-        depth: position in order of execution, from 0 (the first site) to 1 (the last); 0 for a single site.
+        name: path of the module in the model; with ":" and the place where the model does not mark its places.
+        depth: position in order of execution, from 0 (the first site) to 1 (the last); 0 for a single site. In a
+            Transformer with encoder and decoder in the one of them.
         place: one of `PLACES`.
         maps: (channels, height, width) of the output, every size seen with the example, in order; empty without one,
             and in a Transformer.
@@ -63,6 +73,7 @@ class ModelSite:
         target: path of the module whose output is masked; another than `name` where the normalisation brings its
             activation along.
         block: path of the residual block, of a known kind, whose last site this is; else None.
+        spot: how the place's tensor is found in a model that does not mark its places; else None.
     """
 
     name: str
@@ -72,6 +83,7 @@ class ModelSite:
     target: str
     block: str | None
     lengths: tuple[int, ...] = ()
+    spot: Spot | None = None
 
     @property
     def map(self) -> Map | None:
@@ -93,7 +105,8 @@ def find_sites(model: nn.Module, example: Example | None = None, place: str = "b
         A tuple of sites, empty if there are none.
 
     Raises:
-        ValueError: `place` is none of them.
+        ValueError: `place` is none of them; no example for a Transformer that does not mark its places, where it takes
+            a run to know which modules do what their names say.
     """
     if place not in PLACES:
         raise ValueError(f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}")
@@ -104,35 +117,69 @@ def sites_by_place(
     model: nn.Module, example: Example | None, places: Sequence[str]
 ) -> dict[str, tuple[ModelSite, ...]]:
     """The sites of several places, as of `find_sites`, from one run of the model."""
-    # A compiled model is looked at from inside: the wrapper would add a component to every path.
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     modules = dict(model.named_modules())
-    candidates = {place: {n for n, module in modules.items() if _is_site(n, module, place)} for place in places}
+    spots = {s.name: s for s in find_spots(model) if s.place in places} if set(places) & set(LAYER_PLACES) else {}
+    if spots and example is None:
+        raise ValueError(
+            f"example must be given, got None: the places of {type(model).__name__} are known by the names of its "
+            "modules, and only a run shows which of them do what their names say"
+        )
+    candidates = {
+        place: {name for name, module in modules.items() if _is_site(name, module, place)}
+        | {name for name, spot in spots.items() if spot.place == place}
+        for place in places
+    }
     names = [name for name in modules if any(name in of_place for of_place in candidates.values())]
+    watched = {name: modules[name] for name in names}
     seen: dict[str, tuple[Size, ...]]
-    seen = dict.fromkeys(names, ()) if example is None else _trace(model, {n: modules[n] for n in names}, example)
+    seen = dict.fromkeys(names, ()) if example is None else _trace(model, watched, spots, example)
     return {
-        place: _sites(model, place, {name: sizes for name, sizes in seen.items() if name in of_place})
+        place: _sites(model, place, {name: sizes for name, sizes in seen.items() if name in of_place}, spots)
         for place, of_place in candidates.items()
     }
 
 
-def _sites(model: nn.Module, place: str, seen: dict[str, tuple[Size, ...]]) -> tuple[ModelSite, ...]:
+def uncompiled(model: nn.Module) -> nn.Module:
+    """A compiled model from inside: the wrapper would add a component to every path."""
+    inside: nn.Module = getattr(model, "_orig_mod", model)
+    return inside
+
+
+def _sites(
+    model: nn.Module, place: str, seen: dict[str, tuple[Size, ...]], spots: dict[str, Spot]
+) -> tuple[ModelSite, ...]:
     """The sites of one place, from the sizes seen by each, in order of execution."""
     blocks = {name: _block_of(model, name) if place == "batch_norm" else None for name in seen}
     last = {block: name for name, block in blocks.items()}
+    depths = _depths(list(seen), place)
     return tuple(
         ModelSite(
             name=name,
-            depth=position / max(1, len(seen) - 1),
+            depth=depths[name],
             place=place,
             maps=tuple(size for size in sizes if isinstance(size, tuple)),
             lengths=tuple(size for size in sizes if isinstance(size, int)),
-            target=_target(name, model.get_submodule(name)),
+            target=spots[name].target if name in spots else _target(name, model.get_submodule(name)),
             block=blocks[name] if last[blocks[name]] == name else None,
+            spot=spots.get(name),
         )
-        for position, (name, sizes) in enumerate(seen.items())
+        for name, sizes in seen.items()
     )
+
+
+def _depths(names: Sequence[str], place: str) -> dict[str, float]:
+    """By name: the position among the sites of a place, or among those of its stack."""
+    stacks = dict.fromkeys(names, "")
+    if place in LAYER_PLACES:
+        stacks = {name: next((p for p in name.split(".") if p in STACKS), "") for name in names}
+        if not set(STACKS) <= set(stacks.values()):
+            stacks = dict.fromkeys(names, "")
+    depths = {}
+    for stack in set(stacks.values()):
+        members = [name for name in names if stacks[name] == stack]
+        depths |= {name: position / max(1, len(members) - 1) for position, name in enumerate(members)}
+    return depths
 
 
 def skip_child(block: nn.Module) -> str | None:
@@ -170,30 +217,40 @@ def _block_of(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _trace(model: nn.Module, candidates: dict[str, nn.Module], example: Example) -> dict[str, tuple[Size, ...]]:
-    """The sizes seen by each candidate, in the order in which they first ran."""
+def _trace(
+    model: nn.Module, candidates: dict[str, nn.Module], spots: dict[str, Spot], example: Example
+) -> dict[str, tuple[Size, ...]]:
+    """The sizes seen by each candidate and each spot, in the order in which they first ran."""
     seen: dict[str, tuple[Size, ...]] = {}
+    attentions: list[str] = []  # that are running, the innermost last
 
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, torch.Tensor):
-                return
-            size: Size
-            if isinstance(module, PatternSite):
-                size = output.shape[TOKENS[module.layout]]
-            elif output.dim() == 4:
-                size = (output.shape[1], output.shape[2], output.shape[3])
-            else:
-                return
+    def record(name: str, size: Size | None) -> None:
+        if size is not None:
             before = seen.setdefault(name, ())
             seen[name] = before if size in before else (*before, size)
 
-        return module.register_forward_hook(record)
+    def record_keys(keys: int) -> None:
+        if attentions:
+            record(attentions[-1], keys)
 
-    handles = [watch(name, module) for name, module in candidates.items()]
+    def watch(name: str, module: nn.Module) -> list[Any]:
+        return [module.register_forward_hook(lambda _module, _args, y: record(name, _size(module, y)))]
+
+    def watch_spot(spot: Spot, module: nn.Module) -> list[Any]:
+        if spot.where == "input":
+            return [module.register_forward_pre_hook(lambda _module, args: record(spot.name, _tokens(module, *args)))]
+        if spot.where == "output":
+            return [module.register_forward_hook(lambda _module, _args, y: record(spot.name, _tokens(module, y)))]
+        return [
+            module.register_forward_pre_hook(lambda _module, _args: attentions.append(spot.name)),
+            module.register_forward_hook(lambda _module, _args, _y: attentions.remove(spot.name), always_call=True),
+        ]
+
+    handles = [handle for name, module in candidates.items() for handle in watch(name, module)]
+    handles += [handle for spot in spots.values() for handle in watch_spot(spot, model.get_submodule(spot.target))]
     try:
         # Compiled parts run as they were written: Dynamo would compile them for the sake of hooks that do not stay.
-        with _untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with _untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), KeyCounter(record_keys):
             if isinstance(example, Mapping):
                 model(**example)
             elif isinstance(example, tuple):
@@ -204,6 +261,29 @@ def _trace(model: nn.Module, candidates: dict[str, nn.Module], example: Example)
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _size(module: nn.Module, output: object) -> Size | None:
+    """Of the output of a marked place, or of a map."""
+    if not isinstance(output, Tensor):
+        return None
+    if isinstance(module, PatternSite):
+        return output.shape[TOKENS[module.layout]]
+    return (output.shape[1], output.shape[2], output.shape[3]) if output.dim() == 4 else None
+
+
+def _tokens(module: nn.Module, *tensors: object) -> int | None:
+    """How many tokens a spot's tensor has, the first of these: (N, T, C), or (N, H, W, C), whose cells are tokens."""
+    x = tensors[0] if tensors else None
+    x = x[0] if isinstance(x, tuple) and x else x
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+        return None
+    return x.shape[TOKENS[spot_layout(module)]] if x.dim() == 3 else x.shape[1] * x.shape[2]
+
+
+def spot_layout(module: nn.Module) -> str:
+    """Of the output of a module that is a spot."""
+    return "TNC" if isinstance(module, nn.MultiheadAttention) and not module.batch_first else "NTC"
 
 
 @contextmanager

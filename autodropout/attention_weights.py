@@ -1,0 +1,126 @@
+"""Finds the softmax inside an attention whose code is not ours, and puts a pattern on its weights.
+
+While a mode of this file is entered, `scaled_dot_product_attention` and every `softmax` over the last dimension of
+scores (..., H, Q, K) call its methods. Attention by other means (FlashAttention's package, FlexAttention) is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+
+
+class AttentionWeights(TorchFunctionMode):
+    """Calls `softmax` and `attention` in place of PyTorch's functions; as they are here, they do the same."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self.attention(*args, **kwargs)
+        if func in SOFTMAXES:
+            return self._softmax(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _softmax(
+        self,
+        func: Callable[..., Tensor],
+        input: Tensor,
+        dim: int | None = None,
+        *others: Any,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if dim not in (-1, input.dim() - 1) or input.dim() < 4:
+            return func(input, dim, *others, dtype=dtype, **kwargs)
+        dtype = next((other for other in others if isinstance(other, torch.dtype)), dtype)
+        return self.softmax(input if dtype is None else input.to(dtype))
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """The weights of scores (..., H, Q, K)."""
+        return scores.softmax(-1)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `scaled_dot_product_attention`."""
+        y: Tensor = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        return y
+
+
+class KeyCounter(AttentionWeights):
+    """Reports how many keys every attention has."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        super().__init__()
+        self.report = report
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        self.report(scores.shape[-1])
+        return super().softmax(scores)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.report(key.shape[-2])
+        return super().attention(query, key, value, *args, **kwargs)
+
+
+class DroppedWeights(AttentionWeights):
+    """Puts a pattern on the weights.
+
+    Args:
+        on_scores: from scores (N, H, Q, K) to dropped weights.
+        fused: from query, key, value (N, H, T, D), and `causal` and `scale` by name, to the attention with dropped
+            weights, or None.
+    """
+
+    def __init__(self, on_scores: Callable[[Tensor], Tensor], fused: Callable[..., Tensor] | None) -> None:
+        super().__init__()
+        self.on_scores, self.fused = on_scores, fused
+        self.found = False
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        self.found = True
+        # More dimensions in front (windows of an image, for example) are all samples; without heads there is one.
+        return self.on_scores(scores.reshape(-1, *scores.shape[-3:]) if scores.dim() > 3 else scores[:, None]).view_as(
+            scores
+        )
+
+    def attention(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        self.found = True
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        plain = attn_mask is None and dropout_p == 0 and query.dim() == 4 and query.shape == value.shape == key.shape
+        if self.fused is not None and plain:
+            return self.fused(query, key, value, causal=is_causal, scale=scale)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = (query * factor) @ key.transpose(-1, -2)
+        if is_causal:
+            # PyTorch counts from the first query and the first key, whatever their numbers.
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is None:
+            weights = self.softmax(scores)
+        else:
+            unseen = attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
+            added = 0.0 if attn_mask.dtype == torch.bool else attn_mask
+            # A query that sees nothing, padding for example, gets zeros, as from PyTorch's function.
+            blind = unseen.all(-1, keepdim=True)
+            scores = (scores + added).masked_fill(unseen & ~blind, -torch.inf).masked_fill(blind, 0.0)
+            weights = self.softmax(scores).masked_fill(blind, 0.0)
+        return F.dropout(weights, dropout_p) @ value

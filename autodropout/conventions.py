@@ -1,0 +1,174 @@
+"""Where the places of a Transformer's layer are in models that do not mark them, by the names of their modules.
+
+timm and `transformers` give an attention's projections a few names, over and over: `q_proj, k_proj, v_proj, o_proj`,
+`query, key, value`, `qkv, proj`, ... A module with such children is an attention, one with the two matrices of a
+feed-forward part is that; the lists are below. Whether the model calls them is seen by running it (sites.py).
+
+A model of your own marks its places (`autodropout.nn.PatternSite`), or says where they are: `register_places`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .nn import PatternSite
+from .patterns.checks import choice
+from .policy import LAYER_PLACES
+
+PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("to_q", "to_k", "to_v"),
+)
+# One matrix whose output is query, key and value, one after the other. Not `query_key_value`: there heads come first.
+FUSED = ("c_attn", "qkv", "Wqkv")
+OUTPUTS = ("o_proj", "out_proj", "c_proj", "proj", "o", "out_lin", "Wo", "dense")
+# The hidden layer is what goes into the second; its output is added to the residual stream.
+FEED_FORWARD = (
+    ("fc1", "fc2"),
+    ("up_proj", "down_proj"),
+    ("gate_up_proj", "down_proj"),
+    ("c_fc", "c_proj"),
+    ("linear1", "linear2"),
+    ("lin1", "lin2"),
+    ("fc_in", "fc_out"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+    ("wi", "wo"),
+    ("wi_0", "wo"),
+    ("Wi", "Wo"),
+)
+# Called `output`, with a matrix `dense`: the output of the sibling before it (BERT and its many relatives).
+BERT_OUTPUTS = (("self", "output"), ("attention", "output"), ("intermediate", "residual"))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One place of a layer in a model that does not mark it.
+
+    Args:
+        place: one of `LAYER_PLACES`.
+        target: path of a module.
+        where: "output" or "input" of that module, or "softmax", the attention weights inside it.
+        part, parts: the tensor is this one of so many equal parts of the last dimension.
+    """
+
+    place: str
+    target: str
+    where: str = "output"
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of the site: no two places share it, though they may share the module."""
+        return f"{self.target}:{self.place}"
+
+
+_REGISTERED: dict[tuple[str, str], dict[str, str]] = {
+    ("torchvision.ops.misc", "MLP"): {"feed_forward": "3", "residual": "3"},
+    ("torch.nn.modules.activation", "MultiheadAttention"): {"output": ""},
+}
+
+
+def register_places(kind: type[nn.Module], **paths: str) -> None:
+    """Says where the places of a layer are in a class of modules, and its subclasses, whatever the names.
+
+    Example: `register_places(MyAttention, qkv="to_qkv", softmax="", output="to_out.0")`.
+
+    Args:
+        kind: the class.
+        **paths: by place, the path of a module inside it, "" for itself. Its output is the place's tensor, (N, T, C) or
+            (N, H, W, C); for "feed_forward" its input is, and for "softmax" the weights that it computes by
+            `scaled_dot_product_attention` or `softmax`. "qkv" is query, key and value, equal parts in that order.
+
+    Raises:
+        TypeError: `kind` is no class of modules, or a path no string.
+        ValueError: an unknown place.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind must be a subclass of nn.Module, got {kind!r}")
+    for place, path in paths.items():
+        choice("place", place, (*LAYER_PLACES, "qkv"))
+        if not isinstance(path, str):
+            raise TypeError(f"{place} must be the path of a module, got {path!r}")
+    _REGISTERED[kind.__module__, kind.__qualname__] = dict(paths)
+
+
+def find_spots(model: nn.Module) -> Iterator[Spot]:
+    """The places that the names of a model's modules promise, module by module; none if it marks its own."""
+    modules = dict(model.named_modules())
+    if any(isinstance(module, PatternSite) for module in modules.values()):
+        return
+    for path, module in modules.items():
+        children = {name for name, child in module.named_children() if not _convolves(child)}
+        registered = _registered(module)
+        if registered is not None:
+            yield from _said(path, registered)
+            continue
+        yield from _attention(path, children)
+        for first, second in FEED_FORWARD:
+            if {first, second} <= children:
+                target = _joined(path, second)
+                yield Spot("feed_forward", target, "input")
+                yield Spot("residual", target)
+                break
+        for sibling, place in BERT_OUTPUTS:
+            if {sibling, "output"} <= children and hasattr(module.get_submodule("output"), "dense"):
+                target = _joined(path, "output.dense")
+                if place == "residual":
+                    yield Spot("feed_forward", target, "input")
+                elif "intermediate" in children:  # the layer around both: its `output` is that of the feed-forward part
+                    continue
+                yield Spot(place, target)
+
+
+def _attention(path: str, children: set[str]) -> Iterator[Spot]:
+    separate = next((names for names in PROJECTIONS if set(names) <= children), None)
+    fused = next((name for name in FUSED if name in children), None)
+    if separate is not None:
+        for place, name in zip(("query", "key", "value"), separate, strict=True):
+            yield Spot(place, _joined(path, name))
+    elif fused is not None and "q_attn" in children:  # GPT-2's attention to another sequence
+        yield Spot("query", _joined(path, "q_attn"))
+        yield Spot("key", _joined(path, fused), part=0, parts=2)
+        yield Spot("value", _joined(path, fused), part=1, parts=2)
+    elif fused is not None:
+        for part, place in enumerate(("query", "key", "value")):
+            yield Spot(place, _joined(path, fused), part=part, parts=3)
+    else:
+        return
+    yield Spot("softmax", path, "softmax")
+    output = next((name for name in OUTPUTS if name in children), None)
+    if output is not None:
+        yield Spot("output", _joined(path, output))
+
+
+def _said(path: str, registered: dict[str, str]) -> Iterator[Spot]:
+    for place, child in registered.items():
+        target = _joined(path, child)
+        if place == "qkv":
+            for part, name in enumerate(("query", "key", "value")):
+                yield Spot(name, target, part=part, parts=3)
+        else:
+            yield Spot(place, target, {"softmax": "softmax", "feed_forward": "input"}.get(place, "output"))
+
+
+def _registered(module: nn.Module) -> dict[str, str] | None:
+    for kind in type(module).__mro__:
+        if (kind.__module__, kind.__qualname__) in _REGISTERED:
+            return _REGISTERED[kind.__module__, kind.__qualname__]
+    return None
+
+
+def _convolves(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _joined(path: str, child: str) -> str:
+    return ".".join(part for part in (path, child) if part)

@@ -1,0 +1,111 @@
+"""Opens a model by name to look at its sites: one of torchvision, timm or `transformers`, or a function in a file.
+
+Models of the libraries are built without weights (PyTorch's meta device), so that the largest takes no memory; nothing
+is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .sites import Example
+
+IMAGE_SIDE = 224
+TOKENS = 16
+
+
+def open_model(name: str) -> tuple[nn.Module, Example]:
+    """The model and an example of what it is called with.
+
+    Args:
+        name: `torchvision:resnet50`, `timm:vit_base_patch16_224`, `transformers:BertModel` (a class, with the defaults
+            of its configuration), or `FILE.py:FUNCTION`, a function without arguments that returns (model, example).
+
+    Raises:
+        ValueError: none of these.
+        ImportError: the library is not installed.
+    """
+    source, _, what = name.partition(":")
+    if source in _LIBRARIES and what:
+        return _LIBRARIES[source](what)
+    if source.endswith(".py") and what:
+        return _from_file(Path(source), what)
+    kinds = ", ".join(f"{library}:NAME" for library in _LIBRARIES)
+    raise ValueError(f"model must be one of {kinds} or FILE.py:FUNCTION, got {name!r}")
+
+
+def _torchvision(name: str) -> tuple[nn.Module, Example]:
+    import torchvision
+
+    if name not in torchvision.models.list_models():
+        raise ValueError(f"model must be one of torchvision.models.list_models(), got {name!r}")
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = _unweighted(lambda: torchvision.models.get_model(name, **options))
+    return model, torch.zeros(1, 3, IMAGE_SIDE, IMAGE_SIDE, device=_device(model))
+
+
+def _timm(name: str) -> tuple[nn.Module, Example]:
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"model must be one of timm.list_models(), got {name!r}")
+    model = _unweighted(lambda: timm.create_model(name))
+    return model, torch.zeros(1, *model.default_cfg["input_size"], device=_device(model))
+
+
+def _transformers(name: str) -> tuple[nn.Module, Example]:
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
+        raise ValueError(f"model must be the name of a model class of transformers, got {name!r}")
+    model = _unweighted(lambda: kind(kind.config_class()))
+    device = _device(model)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        config = getattr(config, "vision_config", config)
+        side = getattr(config, "image_size", IMAGE_SIDE)
+        height, width = side if isinstance(side, (tuple, list)) else (side, side)
+        return model, {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device)}
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
+    inputs = {"input_ids": ids}
+    return model, {**inputs, "decoder_input_ids": ids} if config.is_encoder_decoder else inputs
+
+
+def _unweighted(build: Callable[[], Any]) -> Any:
+    """Built on the meta device; for real where its constructor computes with values."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError):
+        return build()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _from_file(path: Path, function: str) -> tuple[nn.Module, Example]:
+    if not path.is_file():
+        raise ValueError(f"model must be in a file that exists, got {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"model must be a function of {path}, got {function!r}")
+    opened = getattr(module, function)()
+    if not (isinstance(opened, tuple) and len(opened) == 2 and isinstance(opened[0], nn.Module)):
+        raise ValueError(f"{path}:{function} must return (model, example), got {type(opened).__name__}")
+    return opened
+
+
+_LIBRARIES = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
