@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autodropout.reproduce.methods import method_label
+from autodropout.reproduce.models.imagenet import NETWORKS
 from autodropout.reproduce.report import estimate
 from autodropout.reproduce.table3_language_model import NAME as LANGUAGE_MODELS
 from autodropout.reproduce.table4_translation import NAME as TRANSLATIONS
@@ -84,9 +85,9 @@ class _Column:
 def _images(line: dict[str, Any]) -> tuple[list[str], list[_Column]]:
     """What is above the table of such a run; its columns, the metric on the test data last."""
     recipe = line["arguments"]
+    network = NETWORKS[recipe["model"]].title if "model" in recipe else f"WRN-{recipe['depth']}-{recipe['width']}"
     head = [
-        f"## {line['experiment']}, preset {line['preset']}: {line['data']['title']}, "
-        f"WRN-{recipe['depth']}-{recipe['width']}",
+        f"## {line['experiment']}, preset {line['preset']}: {line['data']['title']}, {network}",
         "",
         f"{_training_images(recipe)}, {recipe['epochs']} epochs, augmentation {recipe['augment']}; "
         f"{recipe['evaluation_images']:,} test images.",

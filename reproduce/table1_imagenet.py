@@ -135,7 +135,7 @@ PRESETS = {
         tuning_seeds=1,
         threads=1,
         policy="hand-v0",
-        cost="33 models",
+        cost="33 models, 4 minutes of one CPU core, offline (measured: 3 min 55 s; 11 min 51 s at a load of 10 on two)",
     ),
     "proxy": Preset(
         RECIPES,

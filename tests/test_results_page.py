@@ -46,6 +46,15 @@ def test_section_pairs_by_seed(tmp_path: Path) -> None:
     assert "5 models in 8 s on cpu, 1 thread(s); commit unknown; data fingerprint 0123456789ab" in text
 
 
+def test_section_of_a_network_for_imagenet(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    record = json.loads(line("none", 0, 0.75)) | {"experiment": "table1_imagenet", "preset": "paper"}
+    del record["arguments"]["depth"], record["arguments"]["width"]
+    record["arguments"]["model"] = "efficientnet_b0"
+    path.write_text(json.dumps(record) + "\n")
+    assert section(path).startswith("## table1_imagenet, preset paper: digits, EfficientNet-B0\n")
+
+
 def language_line(method: str, seed: int, perplexity: float) -> str:
     size = {"layers": 2, "width": 64, "heads": 4, "inner": 128, "cutoffs": []}
     record = json.loads(line(method, seed, 0.0)) | {
