@@ -7,6 +7,7 @@ begin with a blank. It never joins what a blank or punctuation separates. Source
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from itertools import chain
 from itertools import islice
@@ -55,13 +56,12 @@ class Subwords:
         """Of the vocabulary."""
         return SPECIAL + int(self.tokenizer.get_vocab_size())
 
-    def encode(self, sentences: Iterable[str]) -> list[list[int]]:
+    def encode(self, sentences: Iterable[str]) -> Iterator[list[int]]:
         """Each with `END` after it."""
-        left, numbers = iter(sentences), []
+        left = iter(sentences)
         while chunk := list(islice(left, CHUNK)):
             for found in self.tokenizer.encode_batch_fast(chunk):
-                numbers.append([*(number + SPECIAL for number in found.ids), END])
-        return numbers
+                yield [*(number + SPECIAL for number in found.ids), END]
 
     def decode(self, sentences: Sequence[Sequence[int]]) -> list[str]:
         """What was encoded, without the blank that the first word begins with; specials are left out."""

@@ -7,6 +7,7 @@ weights bit for bit.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,10 +67,10 @@ class TranslationRecipe:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Sentences as numbers, each with `END` after it."""
+    """Sentences as numbers, each with `END` after it; in arrays, because lists of integers are nine times as large."""
 
-    source: list[list[int]]
-    target: list[list[int]]
+    source: list[array[int]]
+    target: list[array[int]]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -91,10 +92,13 @@ class Prepared:
         self.corpus = corpus
         self.subwords = Subwords(corpus.train, recipe.vocabulary)
         both = zip(self.subwords.encode(corpus.train.source), self.subwords.encode(corpus.train.target), strict=True)
-        short = [pair for pair in both if max(map(len, pair)) <= recipe.longest]
-        self.train = EncodedPairs([source for source, _ in short], [target for _, target in short])
-        self.left_out = len(corpus.train) - len(short)
-        if not short:
+        self.train = EncodedPairs([], [])
+        for source, target in both:
+            if max(len(source), len(target)) <= recipe.longest:
+                self.train.source.append(array("i", source))
+                self.train.target.append(array("i", target))
+        self.left_out = len(corpus.train) - len(self.train)
+        if not len(self.train):
             raise ValueError(f"longest must leave some of the {self.left_out} training pairs, got {recipe.longest}")
 
     def steps(self, recipe: TranslationRecipe) -> int:
@@ -196,7 +200,7 @@ def translated(
     model: Transformer, recipe: TranslationRecipe, subwords: Subwords, sentences: Sequence[str], device: torch.device
 ) -> list[str]:
     """Translations as text."""
-    sources = subwords.encode(sentences)
+    sources = list(subwords.encode(sentences))
     return subwords.decode(translate(model, sources, recipe.batch_words, recipe.beam, recipe.penalty, device))
 
 

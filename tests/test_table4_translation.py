@@ -12,6 +12,8 @@ import torch
 from scripts import check_kills
 
 from autodropout.reproduce import table4_translation as script
+from autodropout.reproduce.models.transformer import BASE
+from autodropout.reproduce.parallel_corpus import open_parallel_corpus
 
 SENTENCES = [f"{a} {b} {c}" for a in "abcd" for b in "efgh" for c in "abcd"]
 
@@ -96,6 +98,17 @@ def test_what_cannot_be_trained_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"table4_translation: error: {message}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "epochs", "words"), [("wmt14", 2, 25_000), ("iwslt14", 50, 4096)])
+def test_the_papers_preset_knows_how_large_its_corpora_are(
+    name: str, epochs: int, words: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = open_parallel_corpus(".")
+    monkeypatch.setattr(script, "open_parallel_corpus", lambda source: corpus)
+    arguments = script._parser().parse_args(["--preset", "paper", "--data", name])
+    recipe = script._task(arguments, script.PRESETS["paper"]).settings.recipe
+    assert (recipe.epochs, recipe.batch_words, recipe.size) == (epochs, words, BASE)
 
 
 def test_the_help_says_what_every_preset_costs(capsys: pytest.CaptureFixture[str]) -> None:
