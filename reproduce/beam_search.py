@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .models.transformer import Encoded
 from .models.transformer import KeysValues
 from .models.transformer import Past
 from .models.transformer import Transformer
@@ -78,7 +79,7 @@ def beam_search(model: Transformer, source: Tensor, limits: Tensor, beam: int, p
         rows = (origin + beam * torch.arange(len(left), device=device)[:, None])[searched].flatten()
         left, scores, words, finished = left[searched], scores[searched], words[searched], finished[searched]
         past = [Past(*(KeysValues(*(t[rows] for t in pair)) for pair in layer)) for layer in past]
-        encoded = type(encoded)(*(t[rows] for t in encoded))
+        encoded = Encoded(*(t[rows] for t in encoded))
     return found
 
 
