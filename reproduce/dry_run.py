@@ -1,7 +1,7 @@
 """What a training would cost, without doing any of it: parameters, floating-point operations and memory of a step.
 
 The step runs on PyTorch's meta device, where tensors have shapes and no numbers, so a model of any size is looked at in
-seconds, on any machine.
+seconds, on any machine. Only where the numbers decide what is computed, as in an adaptive softmax, it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class Cost:
         return self.saved_numbers * width + self.saved_bytes
 
 
-def cost_of(build: Callable[[], tuple[nn.Module, Callable[[], torch.Tensor]]]) -> Cost:
+def cost_of(build: Callable[[], tuple[nn.Module, Callable[[], torch.Tensor]]], device: str = "meta") -> Cost:
     """The cost of a step.
 
     Args:
-        build: called with the meta device as the default: returns the model, in training mode, and a function that
-            computes the loss of a batch from it.
+        build: called with `device` as the default: returns the model, in training mode, and a function that computes
+            the loss of a batch from it.
+        device: "cpu" for a model whose numbers decide what it computes, which then does it.
     """
     saved: dict[int, tuple[torch.Tensor, int, bool]] = {}
 
@@ -59,7 +60,7 @@ def cost_of(build: Callable[[], tuple[nn.Module, Callable[[], torch.Tensor]]]) -
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops}
     )
-    with torch.device("meta"):
+    with torch.device(device):
         model, loss = build()
         own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

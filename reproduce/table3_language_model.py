@@ -31,6 +31,7 @@ from autodropout.reproduce.command import some_of
 from autodropout.reproduce.corpus import HUB
 from autodropout.reproduce.corpus import PYDOC
 from autodropout.reproduce.corpus import open_corpus
+from autodropout.reproduce.dry_run import Cost
 from autodropout.reproduce.dry_run import cost_lines
 from autodropout.reproduce.dry_run import cost_of
 from autodropout.reproduce.dry_run import models_line
@@ -39,6 +40,8 @@ from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
 from autodropout.reproduce.language_task import LanguageTask
 from autodropout.reproduce.language_training import LanguageRecipe
+from autodropout.reproduce.language_training import segments
+from autodropout.reproduce.language_training import streams
 from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.methods import open_policy
 from autodropout.reproduce.methods import policy_origin
@@ -248,7 +251,7 @@ def _described(task: LanguageTask, device: torch.device) -> str:
     recipe, settings = task.settings.recipe, task.settings
     steps = recipe.epochs * -(-(len(task.corpus.train) // recipe.batch_size) // recipe.segment)
     trials = settings.tuning_seeds * sum(len(task.strengths[m]) for m in settings.methods)
-    cost = cost_of(lambda: _step(task))
+    cost = _cost(task)
     batch = f"{recipe.batch_size} segments of {recipe.segment} words with a memory of {recipe.memory}"
     data = f"{len(task.corpus.train):,} words"
     return "\n".join(
@@ -264,13 +267,20 @@ def _described(task: LanguageTask, device: torch.device) -> str:
     )
 
 
-def _step(task: LanguageTask) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """For `cost_of`: all segments have their memory, as they have but for the first ones."""
-    recipe = task.settings.recipe
-    model = TransformerXL(len(task.corpus.words), recipe.size)
-    words = torch.empty(recipe.batch_size, recipe.segment, dtype=torch.int64)
-    memory = torch.empty(recipe.size.layers, recipe.batch_size, recipe.memory, recipe.size.width)
-    return model, lambda: model(words, words, memory)[0].mean()
+def _cost(task: LanguageTask) -> Cost:
+    """Of the first words of the text, with a memory, which all segments have but the first ones."""
+    recipe, corpus = task.settings.recipe, task.corpus
+    first = next(segments(streams(corpus.train, corpus.start, recipe.batch_size), recipe.segment))
+    # Which words they are decides what an adaptive softmax computes.
+    device = "cpu" if any(cutoff < len(corpus.words) for cutoff in recipe.size.cutoffs) else "meta"
+    words, targets = (part.to(device) for part in first)
+
+    def step() -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+        model = TransformerXL(len(corpus.words), recipe.size)
+        memory = torch.zeros(recipe.size.layers, recipe.batch_size, recipe.memory, recipe.size.width)
+        return model, lambda: model(words, targets, memory)[0].mean()
+
+    return cost_of(step, device)
 
 
 def _parameters(task: LanguageTask) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,11 +84,11 @@ def test_lines() -> None:
 def test_networks_for_imagenet_have_the_published_size(name: str, parameters: float, multiplications: float) -> None:
     size = NETWORKS[name].image_size
 
-    def step() -> tuple[nn.Module, object]:
+    def step() -> tuple[nn.Module, Callable[[], torch.Tensor]]:
         model = build_network(name, classes=1000)
         return model, lambda: model(torch.empty(2, 3, size, size)).sum()
 
-    found = cost_of(step)  # type: ignore[arg-type]
+    found = cost_of(step)
     assert found.parameters == pytest.approx(parameters, rel=0.01)
     # Forward and two gradients, but none of the images; two operations a multiplication.
     assert found.flops / 2 / 6 == pytest.approx(multiplications, rel=0.03)
@@ -127,3 +128,20 @@ def test_table_2_says_what_it_would_train(
 def test_table_2_counts_no_steps_of_few_labels(capsys: pytest.CaptureFixture[str]) -> None:
     assert table2_cifar.main(["--labels", "20", "--dry-run"]) == 2
     assert "--dry-run counts steps with all labels" in capsys.readouterr().err
+
+
+def test_where_numbers_decide_the_step_is_done() -> None:
+    """An adaptive softmax computes the tail for the words of the tail alone."""
+
+    def step(tail: int) -> Cost:
+        def build() -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+            model = nn.AdaptiveLogSoftmaxWithLoss(8, 30, [10], div_value=2.0)
+            words = torch.tensor([5] * (12 - tail) + [20] * tail)
+            return model, lambda: model(torch.ones(12, 8), words).loss
+
+        return cost_of(build, "cpu")
+
+    head, tail = 2 * 12 * 8 * 11, 2 * (8 * 4 + 4 * 20)
+    # Forward and the gradient of the weights; between the two layers of the tail a gradient flows, too.
+    assert step(0).flops == 2 * head
+    assert step(3).flops == 2 * head + 3 * (2 * tail + 2 * 4 * 20)
