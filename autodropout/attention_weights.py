@@ -91,7 +91,7 @@ class DroppedWeights(AttentionWeights):
             scores
         )
 
-    def attention(  # type: ignore[override]
+    def attention(
         self,
         query: Tensor,
         key: Tensor,

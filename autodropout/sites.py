@@ -175,7 +175,7 @@ def _depths(names: Sequence[str], place: str) -> dict[str, float]:
         stacks = {name: next((p for p in name.split(".") if p in STACKS), "") for name in names}
         if not set(STACKS) <= set(stacks.values()):
             stacks = dict.fromkeys(names, "")
-    depths = {}
+    depths: dict[str, float] = {}
     for stack in set(stacks.values()):
         members = [name for name in names if stacks[name] == stack]
         depths |= {name: position / max(1, len(members) - 1) for position, name in enumerate(members)}

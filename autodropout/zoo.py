@@ -63,7 +63,7 @@ def _timm(name: str) -> tuple[nn.Module, Example]:
 def _transformers(name: str) -> tuple[nn.Module, Example]:
     import transformers
 
-    kind = getattr(transformers, name, None)
+    kind: Any = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
         raise ValueError(f"model must be the name of a model class of transformers, got {name!r}")
     model = _unweighted(lambda: kind(kind.config_class()))
