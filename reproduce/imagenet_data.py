@@ -7,6 +7,7 @@ cannot follow exactly. Nothing here reaches for a network unless the source is "
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -68,13 +69,13 @@ class FileImages(Images):
     """Image files and their classes."""
 
     def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
-        self.paths = np.array([path for path, _ in samples])  # one object, which forked workers do not copy
+        self.paths = np.array([os.fsencode(path) for path, _ in samples])  # one object: forked workers do not copy it
         self.labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
 
     def __getitem__(self, index: int) -> Any:
         from PIL import Image
 
-        path = str(self.paths[index])
+        path = os.fsdecode(self.paths[index])
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
