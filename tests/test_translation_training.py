@@ -11,6 +11,9 @@ import torch
 from sacrebleu.metrics import BLEU
 
 from autodropout import Policy
+from autodropout import Site
+from autodropout import TokenPattern
+from autodropout import apply_policy
 from autodropout import load_policy
 from autodropout.reproduce.models.transformer import PAD
 from autodropout.reproduce.models.transformer import Size
@@ -25,6 +28,7 @@ from autodropout.reproduce.translation_training import Prepared
 from autodropout.reproduce.translation_training import TranslationRecipe
 from autodropout.reproduce.translation_training import bleu
 from autodropout.reproduce.translation_training import build_translator
+from autodropout.reproduce.translation_training import example_input
 from autodropout.reproduce.translation_training import put_policy
 from autodropout.reproduce.translation_training import signature
 from autodropout.reproduce.translation_training import smoothed_loss
@@ -161,4 +165,20 @@ def test_a_policy_reaches_every_attention() -> None:
     forwards = [f"{side}.layers.{i}.feed_forward" for side in ("encoder", "decoder") for i in range(2)]
     assert found == {f"{at}.{place}" for at in attentions for place in ("softmax", "output")} | {
         f"{at}.{place}" for at in forwards for place in ("feed_forward", "residual")
+    }
+
+
+def test_a_policy_moves_by_depth_in_encoder_and_decoder_apart() -> None:
+    """The sites of a place are at 0 and 1 in the encoder, at 0, 1/3, 2/3 and 1 in the decoder."""
+    first, last = TokenPattern(1, rate=0.1), TokenPattern(1, rate=0.4)
+    policy = Policy((Site("first", 0.0, "softmax", first), Site("last", 1.0, "softmax", last)))
+    model = build_translator(RECIPE, 9, Outside(), seed=0)
+    found = {site.name: site.pattern for site in apply_policy(model, policy, example_input(RECIPE))}
+    assert found == {
+        "encoder.layers.0.self_attention.softmax": first,
+        "encoder.layers.1.self_attention.softmax": last,
+        "decoder.layers.0.self_attention.softmax": first,
+        "decoder.layers.0.cross_attention.softmax": first,
+        "decoder.layers.1.self_attention.softmax": last,
+        "decoder.layers.1.cross_attention.softmax": last,
     }
