@@ -181,9 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if group.rank() != 0:
             task.follow(device)
             return 0
-        code = _run(task, device)
-        task.finish()
-        return code
+        return _run(task, device)
 
 
 def _run(task: ImageNetTask, device: torch.device) -> int:
@@ -191,6 +189,7 @@ def _run(task: ImageNetTask, device: torch.device) -> int:
     try:
         experiment = Experiment(task, device)
     except (ValueError, OSError) as error:
+        task.finish()
         return _refused(error)
     with experiment:
         try:
@@ -198,6 +197,7 @@ def _run(task: ImageNetTask, device: torch.device) -> int:
         except KeyboardInterrupt:
             print(f"\n{NAME}: interrupted; the same command goes on from {experiment.runs}", file=sys.stderr)
             return 130
+        task.finish()
         title, rows, notes = _report(task, results)
         print(table(title, rows, notes))
         picture = experiment.results.with_suffix(".png")
@@ -340,7 +340,8 @@ def _report(task: ImageNetTask, results: Sequence[Result]) -> tuple[list[str], l
         "t over seeds. paper: Pham & Le 2021, where a number is known.",
     ]
     if network.own_regularisers is not None:
-        notes.append(f"Under every method the network keeps what torchvision gives it: {network.own_regularisers}.")
+        kept = f"Under every method the network keeps what torchvision gives it: {network.own_regularisers}"
+        notes.append(f"{kept}. So stochastic depth is no method here.")
     return title, rows, notes
 
 
