@@ -71,7 +71,7 @@ def test_to_the_table_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     found = records(tmp_path)
     final = [record for record in found if record["phase"] == "final"]
-    assert len(found) == 5 * 3 + 5 * 2
+    assert len(found) == 5 * 3 * LABEL_PRESETS["demo"].tuning_seeds + 5 * 2
     assert [record["method"] for record in final] == list(METHODS) * 2
     for record in found:
         used = record["arguments"]
