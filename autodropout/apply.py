@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import nn
 
 from .conventions import Spot
+from .conventions import skip_child
 from .masked import CHILD
 from .masked import MaskedLayer
 from .masked import MaskedModule
@@ -31,7 +32,6 @@ from .sites import Example
 from .sites import Map
 from .sites import ModelSite
 from .sites import sites_by_place
-from .sites import skip_child
 from .sites import spot_layout
 from .sites import uncompiled
 
@@ -66,8 +66,8 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     of the nearest site in relative depth (ties to the earlier). A tiled pattern with `residual=True` masks the skip
     tensor of its residual block too, just before the addition, by a draw of its own. Only the last site of a block can
     have it: a policy that names the sites is refused if it says otherwise, one that moves by depth loses the flag at
-    other sites. The blocks that can be masked so are `BasicBlock` and `Bottleneck` of torchvision's and timm's ResNets
-    and our `WideBlock`.
+    other sites. The blocks that can be masked so are `BasicBlock` and `Bottleneck` of torchvision's and timm's ResNets,
+    our `WideBlock`, and those of `autodropout.conventions.register_residual_block`.
 
     A Transformer takes `TokenPattern`s, and `BernoulliPattern`s of cells or samples; a policy moves between
     Transformers place by place. The places are those that the model marks (`PatternSite`), or in models of timm and
@@ -208,7 +208,8 @@ def _check_residual(sources: tuple[Site, ...], targets: tuple[ModelSite, ...], e
     if not ends:
         raise ValueError(
             "residual must be False on this model: it has no residual block of a known kind "
-            "(BasicBlock or Bottleneck of torchvision's or timm's ResNets, WideBlock)"
+            "(BasicBlock or Bottleneck of torchvision's or timm's ResNets, WideBlock, or what "
+            "autodropout.conventions.register_residual_block was told)"
         )
     if exact:
         for site in sources:

@@ -1,4 +1,5 @@
-"""Where the places of a Transformer's layer are in models that do not mark them, by the names of their modules.
+"""Where the places of a Transformer's layer are in models that do not mark them, by the names of their modules; and
+which blocks of ConvNets have a skip tensor that can be masked.
 
 timm and `transformers` give an attention's projections a few names, over and over: `q_proj, k_proj, v_proj, o_proj`,
 `query, key, value`, `qkv, proj`, ... A module with such children is an attention, one with the two matrices of a
@@ -42,9 +43,21 @@ FEED_FORWARD = (
     ("wi", "wo"),
     ("wi_0", "wo"),
     ("Wi", "Wo"),
+    ("ffn", "ffn_output"),
 )
 # Called `output`, with a matrix `dense`: the output of the sibling before it (BERT and its many relatives).
 BERT_OUTPUTS = (("self", "output"), ("attention", "output"), ("intermediate", "residual"))
+
+
+# Residual blocks whose skip tensor can be masked just before the addition, and the child that makes that tensor. Found
+# by name through the MRO, so that subclasses count and neither library is imported.
+SKIP_CHILDREN: dict[tuple[str, str], str] = {
+    ("torchvision.models.resnet", "BasicBlock"): "downsample",
+    ("torchvision.models.resnet", "Bottleneck"): "downsample",
+    ("timm.models.resnet", "BasicBlock"): "downsample",
+    ("timm.models.resnet", "Bottleneck"): "downsample",
+    ("autodropout.reproduce.models.wide_resnet", "WideBlock"): "shortcut",
+}
 
 
 @dataclass(frozen=True)
@@ -91,13 +104,38 @@ def register_places(kind: type[nn.Module], **paths: str) -> None:
         TypeError: `kind` is no class of modules, or a path no string.
         ValueError: an unknown place.
     """
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise TypeError(f"kind must be a subclass of nn.Module, got {kind!r}")
+    _check_kind(kind)
     for place, path in paths.items():
         choice("place", place, (*LAYER_PLACES, "qkv"))
         if not isinstance(path, str):
             raise TypeError(f"{place} must be the path of a module, got {path!r}")
     _REGISTERED[kind.__module__, kind.__qualname__] = dict(paths)
+
+
+def register_residual_block(kind: type[nn.Module], skip: str) -> None:
+    """Says how a residual block makes its skip tensor, so that `residual` of a tiled pattern can mask it.
+
+    Args:
+        kind: the class of the blocks; its subclasses count.
+        skip: name of the attribute whose module makes the skip tensor from the block's input; where it is None, the
+            block must add its input itself, and use a module that is put there.
+
+    Raises:
+        TypeError: `kind` is no class of modules, or `skip` no string.
+    """
+    _check_kind(kind)
+    if not isinstance(skip, str):
+        raise TypeError(f"skip must be the name of an attribute, got {skip!r}")
+    SKIP_CHILDREN[kind.__module__, kind.__qualname__] = skip
+
+
+def skip_child(block: nn.Module) -> str | None:
+    """The name of the child that makes the skip tensor of a residual block, or None if its kind is not known."""
+    for kind in type(block).__mro__:
+        name = SKIP_CHILDREN.get((kind.__module__, kind.__qualname__))
+        if name is not None:
+            return name
+    return None
 
 
 def find_spots(model: nn.Module) -> Iterator[Spot]:
@@ -164,6 +202,11 @@ def _registered(module: nn.Module) -> dict[str, str] | None:
         if (kind.__module__, kind.__qualname__) in _REGISTERED:
             return _REGISTERED[kind.__module__, kind.__qualname__]
     return None
+
+
+def _check_kind(kind: object) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind must be a subclass of nn.Module, got {kind!r}")
 
 
 def _convolves(module: nn.Module) -> bool:

@@ -33,6 +33,7 @@ from torch import nn
 from .attention_weights import KeyCounter
 from .conventions import Spot
 from .conventions import find_spots
+from .conventions import skip_child
 from .nn import PatternSite
 from .policy import LAYER_PLACES
 from .policy import PLACES
@@ -46,16 +47,6 @@ TOKENS = {"NTC": 1, "TNC": 0, "NHTD": 2, "NHQK": 3}
 
 STACKS = ("encoder", "decoder")
 SHORTCUT_NAMES = frozenset({"downsample", "shortcut", "skip"})
-
-# Residual blocks whose skip tensor can be masked just before the addition, and the child that makes that tensor. Found
-# by name through the MRO, so that subclasses count and neither library is imported.
-SKIP_CHILDREN = {
-    ("torchvision.models.resnet", "BasicBlock"): "downsample",
-    ("torchvision.models.resnet", "Bottleneck"): "downsample",
-    ("timm.models.resnet", "BasicBlock"): "downsample",
-    ("timm.models.resnet", "Bottleneck"): "downsample",
-    ("autodropout.reproduce.models.wide_resnet", "WideBlock"): "shortcut",
-}
 
 
 @dataclass(frozen=True)
@@ -180,15 +171,6 @@ def _depths(names: Sequence[str], place: str) -> dict[str, float]:
         members = [name for name in names if stacks[name] == stack]
         depths |= {name: position / max(1, len(members) - 1) for position, name in enumerate(members)}
     return depths
-
-
-def skip_child(block: nn.Module) -> str | None:
-    """The name of the child that makes the skip tensor of a residual block, or None if its kind is not known."""
-    for kind in type(block).__mro__:
-        name = SKIP_CHILDREN.get((kind.__module__, kind.__name__))
-        if name is not None:
-            return name
-    return None
 
 
 def _is_site(name: str, module: nn.Module, place: str) -> bool:

@@ -62,7 +62,7 @@ def with_random_norms(model: nn.Module) -> nn.Module:
     """No weight or bias of a normalisation is 0 (timm starts residual branches so): what is 0 then was dropped."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.1)
     return model

@@ -29,6 +29,8 @@ from autodropout import Policy
 from autodropout import Site
 from autodropout import apply_policy
 from autodropout import remove_policy
+from autodropout.conventions import SKIP_CHILDREN
+from autodropout.conventions import register_residual_block
 from autodropout.nn import PatternDropout
 from autodropout.reproduce.models.wide_resnet import WideBlock
 from autodropout.sites import find_sites
@@ -179,3 +181,39 @@ def test_a_policy_may_have_both_places() -> None:
     applied = apply_policy(model, policy, example=IMAGES)
     assert [site.pattern for site in applied] == [TILED] * 7 + [drop] * 3
     assert len(site_dropouts(model)) == 10
+
+
+class OwnBlock(nn.Module):
+    """A residual block that no library has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.projection: nn.Module | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.norm(self.conv(x))
+        return y + (x if self.projection is None else self.projection(x))
+
+
+def test_a_block_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autodropout.conventions.SKIP_CHILDREN", dict(SKIP_CHILDREN))
+    policy, x = Policy.uniform(RESIDUAL), torch.rand(2, 3, 16, 16) + 1
+    with pytest.raises(ValueError, match="autodropout.conventions.register_residual_block"):
+        apply_policy(OwnBlock(), policy, x)
+    register_residual_block(OwnBlock, skip="projection")
+    block = OwnBlock().train()
+    nn.init.zeros_(block.norm.weight)  # what is left is the skip tensor
+    apply_policy(block, policy, x)
+    assert len(site_dropouts(block)) == 2
+    y = block(x)
+    kept = y != 0
+    assert not kept.all()
+    torch.testing.assert_close(y[kept] / x[kept], (kept.numel() / kept.sum()).expand(int(kept.sum())))
+    remove_policy(block)
+    assert block.projection is None
+    with pytest.raises(TypeError, match="kind must be a subclass of nn.Module, got 3"):
+        register_residual_block(3, "skip")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="skip must be the name of an attribute, got 3"):
+        register_residual_block(OwnBlock, 3)  # type: ignore[arg-type]

@@ -322,3 +322,49 @@ def test_places_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
         register_places(Odd, colour="make")
     with pytest.raises(TypeError, match="query must be the path of a module, got 3"):
         register_places(Odd, query=3)  # type: ignore[arg-type]
+
+
+def test_checkpointed_activations_have_the_same_masks() -> None:
+    """Recomputed with the saved state of the generator: the gradients are those of the model without checkpoints."""
+    model = made("gpt2").train()
+    apply_policy(model, everywhere(PATTERN, TOKEN_PLACES), WORDS)
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)()
+        model.zero_grad()
+        torch.manual_seed(2)
+        output(model, WORDS).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class Rounded(nn.Module):
+    """What quantisation-aware training puts around a matrix: its weights in steps."""
+
+    def __init__(self, matrix: nn.Linear) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.matrix.weight.mul(64).round().div(64), self.matrix.bias)
+
+
+def test_averaged_and_wrapped_models_are_left_in_peace() -> None:
+    """A moving average of the weights; and matrices in a wrapper, which is then the place."""
+    model = made("bert")
+    apply_policy(model.train(), everywhere(PATTERN, TOKEN_PLACES), MODELS["bert"][1])
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.equal(output(average.module.eval(), WORDS), output(model.eval(), WORDS))
+    remove_policy(model)
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and not isinstance(module, Rounded):
+                setattr(module, name, Rounded(child))
+    before = output(model, WORDS)
+    assert len(apply_policy(model.train(), everywhere(PATTERN, TOKEN_PLACES), WORDS)) == 12
+    assert not torch.equal(output(model, WORDS), output(model, WORDS))
+    assert torch.equal(output(model.eval(), WORDS), before)

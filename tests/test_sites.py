@@ -11,10 +11,10 @@ import torch
 import torchvision
 from torch import nn
 
+from autodropout.conventions import skip_child
 from autodropout.reproduce.models.wide_resnet import WideResNet
 from autodropout.sites import ModelSite
 from autodropout.sites import find_sites
-from autodropout.sites import skip_child
 
 IMAGE = torch.zeros(2, 3, 32, 32)
 
