@@ -64,9 +64,10 @@ def _transformers(name: str) -> tuple[nn.Module, Example]:
     import transformers
 
     kind: Any = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
+    config_class = getattr(kind, "config_class", None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)) or config_class is None:
         raise ValueError(f"model must be the name of a model class of transformers, got {name!r}")
-    model = _unweighted(lambda: kind(kind.config_class()))
+    model = _unweighted(lambda: kind(config_class()))
     device = _device(model)
     config = model.config
     if model.main_input_name == "pixel_values":
