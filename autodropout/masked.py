@@ -31,19 +31,6 @@ class SiteDropout(PatternDropout):
     def _get_name(self) -> str:
         return "PatternDropout"
 
-    def on_part(self, x: Any) -> Any:
-        """Drops in its part of x: (N, T, C), or (N, H, W, C), whose cells are the tokens, or the first of a tuple."""
-        if not self.training:
-            return x
-        if isinstance(x, tuple):
-            return (self.on_part(x[0]), *x[1:])
-        tokens = x.flatten(1, 2) if x.dim() == 4 else x
-        if self.parts == 1:
-            return self(tokens).view_as(x)
-        pieces = list(tokens.chunk(self.parts, -1))
-        pieces[self.part] = self(pieces[self.part])
-        return torch.cat(pieces, -1).view_as(x)
-
     @property
     def of_tokens(self) -> bool:
         return self._op == TokenPattern.op
@@ -95,7 +82,7 @@ class MaskedLayer(MaskedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, weights = self._at("feed_forward"), self._at("softmax")
         if hidden is not None:
-            args = (hidden.on_part(args[0]), *args[1:])
+            args = (_dropped([hidden], args[0]), *args[1:])
         if weights is not None and weights.training:
             mode = DroppedWeights(weights.on_scores, weights.fused if weights.of_tokens else None)
             with mode:
@@ -107,14 +94,23 @@ class MaskedLayer(MaskedModule):
                 )
         else:
             y = super(MaskedModule, self).forward(*args, **kwargs)
-        for place in OUTPUT_PLACES:
-            dropout = self._at(place)
-            if dropout is not None:
-                y = dropout.on_part(y)
-        return y
+        return _dropped([dropout for dropout in map(self._at, OUTPUT_PLACES) if dropout is not None], y)
 
     def _at(self, place: str) -> SiteDropout | None:
         return getattr(self, f"{CHILD}_{place}", None)
+
+
+def _dropped(dropouts: list[SiteDropout], x: Any) -> Any:
+    """Each drops in its part of x: (N, T, C), or (N, H, W, C), whose cells are the tokens, or the first of a tuple."""
+    active = [dropout for dropout in dropouts if dropout.training]
+    if not active:
+        return x
+    if isinstance(x, tuple):
+        return (_dropped(active, x[0]), *x[1:])
+    pieces = list((x.flatten(1, 2) if x.dim() == 4 else x).chunk(active[0].parts, -1))
+    for dropout in active:
+        pieces[dropout.part] = dropout(pieces[dropout.part])
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)).view_as(x)
 
 
 class MaskedSoftmax(MaskedModule):
