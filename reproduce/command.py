@@ -1,8 +1,9 @@
-"""What the scripts of the tables have in common: their command line and their progress bar."""
+"""What the scripts of the tables have in common: their command line, their progress bar, and what they print."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -13,6 +14,12 @@ from tqdm import tqdm
 from .experiment import Experiment
 from .experiment import Job
 from .experiment import Result
+from .report import Row
+from .report import plot
+from .report import table
+
+REFUSED, INTERRUPTED = 2, 130  # exit codes
+Report = tuple[list[str], list[Row], list[str]]  # title, rows and notes of a table
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +59,42 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def add_experiment_options(parser: Parser) -> None:
+    """`--seeds`, `--epochs` and `--dry-run`."""
+    parser.add_argument("--seeds", type=count, metavar="N", help="final models per method, with seeds 0 to N-1")
+    parser.add_argument("--epochs", type=count, metavar="N", help="epochs of every training")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+
+
+def refused(name: str, error: Exception) -> int:
+    """Says in a line what the user can put right; the exit code."""
+    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return REFUSED
+
+
+def run_table(
+    name: str, experiment: Experiment, metric: str, reports: Callable[[list[Result]], Sequence[Report]]
+) -> int:
+    """Trains what is not yet done, prints a table for each report, and draws the last, which is of `metric`.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+    """
+    with experiment:
+        try:
+            results = run_with_progress(experiment)
+        except KeyboardInterrupt:
+            print(f"\n{name}: interrupted; the same command goes on from {experiment.runs}", file=sys.stderr)
+            return INTERRUPTED
+        for title, rows, notes in reports(results):
+            print(table(title, rows, notes))
+        picture = experiment.results.with_suffix(".png")
+        axis = f"{metric}; a dot per seed, mean and 95% interval; dashed: {rows[0].label}"
+        plot(picture, title, rows, axis + ("; star: the paper" if any(row.paper for row in rows) else ""))
+        print(f"one line per trained model: {experiment.results}\nplot: {picture}", file=sys.stderr)
+    return 0
 
 
 def run_with_progress(experiment: Experiment) -> list[Result]:

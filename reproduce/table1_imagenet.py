@@ -22,10 +22,13 @@ from dataclasses import dataclass
 import torch
 
 from autodropout.reproduce import group
+from autodropout.reproduce.command import REFUSED
 from autodropout.reproduce.command import Parser
+from autodropout.reproduce.command import add_experiment_options
 from autodropout.reproduce.command import count
 from autodropout.reproduce.command import preset_parser
-from autodropout.reproduce.command import run_with_progress
+from autodropout.reproduce.command import refused
+from autodropout.reproduce.command import run_table
 from autodropout.reproduce.command import some_of
 from autodropout.reproduce.data import DIGITS
 from autodropout.reproduce.data import HUB
@@ -54,8 +57,6 @@ from autodropout.reproduce.models.imagenet import DEMO
 from autodropout.reproduce.models.imagenet import NETWORKS
 from autodropout.reproduce.models.imagenet import build_network
 from autodropout.reproduce.report import Row
-from autodropout.reproduce.report import plot
-from autodropout.reproduce.report import table
 
 NAME = "table1_imagenet"
 DATA_VARIABLE = "AUTODROPOUT_DATA"
@@ -191,28 +192,14 @@ def _run(task: ImageNetTask, device: torch.device) -> int:
     except (ValueError, OSError) as error:
         task.finish()
         return _refused(error)
-    with experiment:
-        try:
-            results = run_with_progress(experiment)
-        except KeyboardInterrupt:
-            print(f"\n{NAME}: interrupted; the same command goes on from {experiment.runs}", file=sys.stderr)
-            return 130
+    code = run_table(NAME, experiment, "test accuracy in %", lambda results: [_report(task, results)])
+    if code == 0:
         task.finish()
-        title, rows, notes = _report(task, results)
-        print(table(title, rows, notes))
-        picture = experiment.results.with_suffix(".png")
-        axis = f"test accuracy in %; a dot per seed, mean and 95% interval; dashed: {rows[0].label}"
-        if any(row.paper for row in rows):
-            axis += "; star: the paper"
-        plot(picture, title, rows, axis)
-        print(f"one line per trained model: {experiment.results}\nplot: {picture}", file=sys.stderr)
-    return 0
+    return code
 
 
 def _refused(error: Exception) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine
-        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return refused(NAME, error) if os.environ.get("LOCAL_RANK", "0") == "0" else REFUSED  # one line a machine
 
 
 def _parser() -> Parser:
@@ -228,8 +215,6 @@ def _parser() -> Parser:
         metavar="A,B,...",
         help=f"from: {', '.join(METHODS)} (default: all that the network can have)",
     )
-    parser.add_argument("--seeds", type=count, metavar="N", help="final models per method, with seeds 0 to N-1")
-    parser.add_argument("--epochs", type=count, metavar="N", help="epochs of every training")
     parser.add_argument(
         "--micro-batch",
         type=count,
@@ -255,7 +240,7 @@ def _parser() -> Parser:
         help="default: resized crop and mirror, nothing for digits; randaugment: torchvision's, after the default",
     )
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+    add_experiment_options(parser)
     return parser
 
 

@@ -22,9 +22,12 @@ from dataclasses import dataclass
 import torch
 
 from autodropout.reproduce.command import Parser
+from autodropout.reproduce.command import Report
+from autodropout.reproduce.command import add_experiment_options
 from autodropout.reproduce.command import count
 from autodropout.reproduce.command import preset_parser
-from autodropout.reproduce.command import run_with_progress
+from autodropout.reproduce.command import refused
+from autodropout.reproduce.command import run_table
 from autodropout.reproduce.data import DIGITS
 from autodropout.reproduce.data import HUB
 from autodropout.reproduce.data import ImageData
@@ -44,8 +47,6 @@ from autodropout.reproduce.methods import open_policy
 from autodropout.reproduce.methods import policy_origin
 from autodropout.reproduce.models.wide_resnet import WideResNet
 from autodropout.reproduce.report import Row
-from autodropout.reproduce.report import plot
-from autodropout.reproduce.report import table
 from autodropout.reproduce.training import Recipe
 from autodropout.reproduce.uda_report import uda_report
 from autodropout.reproduce.uda_task import METHODS as UDA_METHODS
@@ -150,26 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         task.check_policies()
         experiment = Experiment(task, device)
     except (ValueError, OSError) as error:
-        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    with experiment:
-        try:
-            results = run_with_progress(experiment)
-        except KeyboardInterrupt:
-            print(f"\n{NAME}: interrupted; the same command goes on from {experiment.runs}", file=sys.stderr)
-            return 130
-        if isinstance(task, UdaTask):
-            title, rows, notes = uda_report(task, results)
-        else:
-            title, rows, notes = _report(settings, data, results)
-        print(table(title, rows, notes))
-        picture = experiment.results.with_suffix(".png")
-        axis = f"test accuracy in %; a dot per seed, mean and 95% interval; dashed: {rows[0].label}"
-        if any(row.paper for row in rows):
-            axis += "; star: the paper"
-        plot(picture, title, rows, axis)
-        print(f"one line per trained model: {experiment.results}\nplot: {picture}", file=sys.stderr)
-    return 0
+        return refused(NAME, error)
+
+    def reports(results: Sequence[Result]) -> list[Report]:
+        return [uda_report(task, results) if isinstance(task, UdaTask) else _report(settings, data, results)]
+
+    return run_table(NAME, experiment, "test accuracy in %", reports)
 
 
 def _parser() -> Parser:
@@ -182,8 +169,6 @@ def _parser() -> Parser:
         metavar="A,B,...",
         help=f"from: {', '.join(METHODS)}; with --labels from: {', '.join(UDA_METHODS)} (default: all)",
     )
-    parser.add_argument("--seeds", type=int, metavar="N", help="final models per method, with seeds 0 to N-1")
-    parser.add_argument("--epochs", type=int, metavar="N", help="epochs of every training")
     parser.add_argument(
         "--labels",
         type=count,
@@ -210,7 +195,7 @@ def _parser() -> Parser:
         default="default",
         help="default: mirror and crop for CIFAR-10, nothing for digits; randaugment: torchvision's, after the default",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+    add_experiment_options(parser)
     return parser
 
 
@@ -236,12 +221,7 @@ def _settings(args: argparse.Namespace, preset: Preset, augment: str) -> Setting
     for method in methods:
         if method not in allowed:
             raise ValueError(f"unknown method {method!r}; --methods takes {', '.join(allowed)}")
-    seeds = preset.seeds if args.seeds is None else args.seeds
-    epochs = preset.recipe.epochs if args.epochs is None else args.epochs
-    for option, value in (("--seeds", seeds), ("--epochs", epochs)):
-        if value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
-    recipe = dataclasses.replace(preset.recipe, epochs=epochs, augment=augment)
+    recipe = dataclasses.replace(preset.recipe, epochs=args.epochs or preset.recipe.epochs, augment=augment)
     if isinstance(recipe, UdaRecipe):
         if args.augment != "default":
             raise ValueError(f"--augment must be default with --labels, whose student sees more, got {args.augment}")
@@ -254,7 +234,7 @@ def _settings(args: argparse.Namespace, preset: Preset, augment: str) -> Setting
         preset=args.preset,
         recipe=recipe,
         methods=tuple(dict.fromkeys(methods)),
-        seeds=seeds,
+        seeds=args.seeds or preset.seeds,
         tuning_seeds=preset.tuning_seeds,
         final_on_all=preset.valid_images is None,
         policy_name=policy_name,

@@ -26,9 +26,11 @@ from torch import nn
 
 from autodropout.reproduce.beam_search import LONGER
 from autodropout.reproduce.command import Parser
-from autodropout.reproduce.command import count
+from autodropout.reproduce.command import Report
+from autodropout.reproduce.command import add_experiment_options
 from autodropout.reproduce.command import preset_parser
-from autodropout.reproduce.command import run_with_progress
+from autodropout.reproduce.command import refused
+from autodropout.reproduce.command import run_table
 from autodropout.reproduce.command import some_of
 from autodropout.reproduce.dry_run import cost_lines
 from autodropout.reproduce.dry_run import cost_of
@@ -46,8 +48,6 @@ from autodropout.reproduce.parallel_corpus import BIBLE
 from autodropout.reproduce.parallel_corpus import DOWNLOADS
 from autodropout.reproduce.parallel_corpus import open_parallel_corpus
 from autodropout.reproduce.report import Row
-from autodropout.reproduce.report import plot
-from autodropout.reproduce.report import table
 from autodropout.reproduce.transformer_methods import METHODS
 from autodropout.reproduce.translation_task import TranslationTask
 from autodropout.reproduce.translation_training import SMOOTHING
@@ -146,23 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         experiment = Experiment(task, device)
     except (ValueError, OSError) as error:
-        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    with experiment:
-        try:
-            results = run_with_progress(experiment)
-        except KeyboardInterrupt:
-            print(f"\n{NAME}: interrupted; the same command goes on from {experiment.runs}", file=sys.stderr)
-            return 130
-        notes = _notes(task)
-        for metric, split in SPLITS.items():
-            print(table(_title(task, split), _rows(task, results, metric), notes if metric == task.metric else []))
-        rows = _rows(task, results, task.metric)
-        picture = experiment.results.with_suffix(".png")
-        axis = f"test BLEU; a dot per seed, mean and 95% interval; dashed: {rows[0].label}"
-        plot(picture, _title(task, SPLITS[task.metric]), rows, axis)
-        print(f"one line per trained model: {experiment.results}\nplot: {picture}", file=sys.stderr)
-    return 0
+        return refused(NAME, error)
+    return run_table(NAME, experiment, "test BLEU", lambda results: _reports(task, results))
 
 
 def _parser() -> Parser:
@@ -174,8 +159,6 @@ def _parser() -> Parser:
         default=METHODS,
         help=f"from: {', '.join(METHODS)} (default: all)",
     )
-    parser.add_argument("--seeds", type=count, metavar="N", help="final models per method, with seeds 0 to N-1")
-    parser.add_argument("--epochs", type=count, metavar="N", help="epochs of every training")
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -189,7 +172,7 @@ def _parser() -> Parser:
         default=POLICY,
         help="name or file of the policy whose rates autodropout scales (default: %(default)s)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+    add_experiment_options(parser)
     return parser
 
 
@@ -221,6 +204,14 @@ def _task(args: argparse.Namespace, preset: Preset) -> TranslationTask:
         policy=policy,
     )
     return TranslationTask(settings, open_parallel_corpus(source))
+
+
+def _reports(task: TranslationTask, results: Sequence[Result]) -> list[Report]:
+    notes = _notes(task)
+    return [
+        (_title(task, split), _rows(task, results, metric), notes if metric == task.metric else [])
+        for metric, split in SPLITS.items()
+    ]
 
 
 def _title(task: TranslationTask, split: str) -> list[str]:

@@ -178,12 +178,12 @@ def test_presets_with_cifar10_say_how_to_give_it(capsys: pytest.CaptureFixture[s
 
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unknown method 'cutout'; --methods takes none, dropout" in refusal(capsys, tmp_path, "--methods", "cutout")
-    assert "--seeds must be at least 1, got 0" in refusal(capsys, tmp_path, "--seeds", "0")
-    assert "--epochs must be at least 1, got -3" in refusal(capsys, tmp_path, "--epochs", "-3")
+    for option, value in (("--seeds", "0"), ("--epochs", "-3"), ("--seeds", "many")):
+        line = refusal(capsys, tmp_path, option, value)
+        assert f"argument {option}: must be an integer of at least 1, got {value!r}" in line
     assert "--train-images must be at least 2, got 1" in refusal(capsys, tmp_path, "--train-images", "1")
     assert "fewer than the 900 + 500 asked for" in refusal(capsys, tmp_path, "--train-images", "900")
     assert "invalid choice: 'huge'" in refusal(capsys, tmp_path, "--preset", "huge")
-    assert "argument --seeds: invalid int value: 'many'" in refusal(capsys, tmp_path, "--seeds", "many")
     monkeypatch.setenv("AUTODROPOUT_DATA", str(tmp_path / "gone"))
     assert f"the data folder {tmp_path / 'gone'} does not exist" in refusal(capsys, tmp_path, "--preset", "small")
 
