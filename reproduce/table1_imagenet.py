@@ -136,7 +136,7 @@ PRESETS = {
         tuning_seeds=1,
         threads=1,
         policy="hand-v0",
-        cost="33 models, 4 minutes of one CPU core, offline (measured: 3 min 55 s; 11 min 51 s at a load of 10 on two)",
+        cost="33 models, offline (measured: 4 min 29 s on two CPU cores, beside two other trainings)",
     ),
     "proxy": Preset(
         RECIPES,
