@@ -103,7 +103,7 @@ PRESETS = {
         seeds=2,
         tuning_seeds=1,
         threads=1,
-        cost="17 models of 3.5 million parameters, 5 to 8 min each on one CPU core (measured)",
+        cost="17 models of 3.5 million parameters, 5 to 9 min each on one CPU core (measured)",
     ),
     # Segment, memories and learning rate are ours: the paper does not say them.
     "paper": Preset(
