@@ -45,8 +45,8 @@ from autodropout.reproduce.data import ImageData
 from autodropout.reproduce.data import open_data
 from autodropout.reproduce.experiment import device_name
 from autodropout.reproduce.experiment import versions
+from autodropout.reproduce.files import write_atomically
 from autodropout.reproduce.training import Normalise
-from autodropout.reproduce.training import write_atomically
 from autodropout.search.conv_space import KINDS
 from autodropout.search.conv_space import ConvSite
 from autodropout.search.conv_space import ConvSpace

@@ -37,8 +37,8 @@ from filelock import Timeout
 from autodropout import Policy
 from autodropout.provenance import commit
 
+from .files import write_atomically
 from .methods import policy_origin
-from .training import write_atomically
 
 SCHEMA = 1
 # Seeds of tuning are far from those of the final models, whose seeds begin at 0.

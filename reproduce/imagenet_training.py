@@ -31,6 +31,7 @@ from autodropout import apply_policy
 
 from . import group
 from .augment import derive
+from .files import write_atomically
 from .imagenet_augment import dealt
 from .imagenet_augment import epoch_order
 from .imagenet_augment import evaluation_batches
@@ -39,7 +40,6 @@ from .imagenet_data import Images
 from .models.imagenet import NETWORKS
 from .models.imagenet import build_network
 from .training import MOMENTUM
-from .training import write_atomically
 
 LABEL_SMOOTHING = 0.1
 EVAL_BATCH = 100

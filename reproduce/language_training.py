@@ -1,18 +1,14 @@
-"""Trains one Transformer-XL: the loop, its checkpoint after every epoch, and the exact continuation from it.
-
-Every random number of an epoch derives from (seed, epoch), and the memory begins empty, so a training that was killed
-and continued ends in the same weights bit for bit.
+"""Trains one Transformer-XL, whose memory is empty at the beginning of an epoch; see epochs.py for checkpoints and for
+exact continuation.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +17,11 @@ from autodropout import Policy
 from autodropout import apply_policy
 
 from .augment import derive
+from .epochs import Part
+from .epochs import run_epochs
 from .learning_rates import warmup_cosine
 from .models.transformer_xl import Size
 from .models.transformer_xl import TransformerXL
-from .training import write_atomically
 from .transformer_methods import Outside
 
 CLIP = 0.25  # norm of the gradient, as in the authors' code
@@ -103,18 +100,8 @@ def train_language_model(
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     text = streams(train, start, recipe.batch_size).to(device)
     steps = -(-(text.shape[1] - 1) // recipe.segment)
-    state: dict[str, Any] = {"epoch": 0, "seconds": 0.0}
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    seconds: float = state["seconds"]
-    for epoch in range(recipe.epochs):
-        on_epoch()
-        if epoch < state["epoch"]:
-            continue
-        begin = time.perf_counter()
-        torch.manual_seed(derive(seed, epoch, "masks"))
+
+    def train_epoch(epoch: int) -> None:
         model.train()
         memories = None
         for step, (words, targets) in enumerate(segments(text, recipe.segment)):
@@ -128,17 +115,13 @@ def train_language_model(
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             memories = latest(memories, recipe.memory)
-        seconds += time.perf_counter() - begin
-        if checkpoint is not None:
-            contents = {
-                "epoch": epoch + 1,
-                "seconds": seconds,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
-            write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
-        if epoch + 1 < recipe.epochs:
-            on_model(epoch + 1, model)
+
+    def after_epoch(done: int) -> None:
+        if done < recipe.epochs:
+            on_model(done, model)
+
+    parts: dict[str, Part] = {"model": model, "optimizer": optimizer}
+    seconds = run_epochs(recipe.epochs, train_epoch, parts, seed, device, checkpoint, on_epoch, after_epoch)
     return model, seconds
 
 

@@ -42,10 +42,10 @@ from autodropout.reproduce.command import preset_parser
 from autodropout.reproduce.command import some_of
 from autodropout.reproduce.experiment import source_fingerprint
 from autodropout.reproduce.experiment import versions
+from autodropout.reproduce.files import write_atomically
 from autodropout.reproduce.planted import TASKS
 from autodropout.reproduce.report import estimate
 from autodropout.reproduce.tabular import TabularTask
-from autodropout.reproduce.training import write_atomically
 from autodropout.search.searchers import SEARCHERS
 from autodropout.search.searchers import make_searcher
 

@@ -1,19 +1,13 @@
-"""Trains one network: the loop, its checkpoint after every epoch, and the exact continuation from it.
-
-Every random number of an epoch derives from (seed, epoch), so a training that was killed and continued ends in the same
-weights bit for bit (on a GPU: as far as cuDNN's own kernels repeat themselves).
-"""
+"""Trains one network on images; see epochs.py for checkpoints and exact continuation."""
 
 from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from typing import TypeVar
 from typing import cast
 
@@ -27,6 +21,8 @@ from autodropout import apply_policy
 from .augment import derive
 from .augment import epoch_batches
 from .data import Split
+from .epochs import Part
+from .epochs import run_epochs
 from .models.wide_resnet import WideResNet
 
 Batch = TypeVar("Batch")
@@ -141,21 +137,9 @@ def fit(
     )
     half = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and half == torch.float16)
-    state: dict[str, Any] = {"epoch": 0, "seconds": 0.0}
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    seconds: float = state["seconds"]
     network = cast(nn.Module, torch.compile(model)) if on_gpu else model
-    for epoch in range(recipe.epochs):
-        on_epoch()
-        if epoch < state["epoch"]:
-            continue
-        start = time.perf_counter()
-        # The masks draw from the default generators; shuffling and augmentation have their own.
-        torch.manual_seed(derive(seed, epoch, "masks"))
+
+    def train_epoch(epoch: int) -> None:
         model.train()
         for step, batch in enumerate(batches(epoch)):
             progress = (epoch * steps + step) / (recipe.epochs * steps)
@@ -166,20 +150,9 @@ def fit(
             scaler.scale(value).backward()
             scaler.step(optimizer)
             scaler.update()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        seconds += time.perf_counter() - start
-        if checkpoint is not None:
-            contents = {
-                "epoch": epoch + 1,
-                "seconds": seconds,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
-            write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
-        after_epoch(epoch + 1)
-    return seconds
+
+    parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    return run_epochs(recipe.epochs, train_epoch, parts, seed, device, checkpoint, on_epoch, after_epoch)
 
 
 def loading_processes(device: torch.device) -> int:
@@ -223,13 +196,3 @@ def accuracy(model: nn.Module, split: Split, normalise: Normalise, device: torch
 def example_input(images: torch.Tensor) -> torch.Tensor:
     """Two images' worth of zeros, from which `apply_policy` learns the sizes of the maps."""
     return torch.zeros(2, *images.shape[1:])
-
-
-def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """Writes to a temporary neighbour, flushes it to disk and renames it: `path` is the old file or the new, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

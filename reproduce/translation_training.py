@@ -1,18 +1,12 @@
-"""Trains one translation model: the loop, its checkpoint after every epoch, and the exact continuation from it.
-
-Every random number of an epoch derives from (seed, epoch), so a training that was killed and continued ends in the same
-weights bit for bit.
-"""
+"""Trains one translation model; see epochs.py for checkpoints and exact continuation."""
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +18,8 @@ from autodropout import apply_policy
 
 from .augment import derive
 from .beam_search import translate
+from .epochs import Part
+from .epochs import run_epochs
 from .learning_rates import warmup_cosine
 from .models.transformer import PAD
 from .models.transformer import Size
@@ -33,7 +29,6 @@ from .parallel_corpus import ParallelCorpus
 from .sentence_batches import epoch_batches
 from .sentence_batches import training_batches
 from .subwords import Subwords
-from .training import write_atomically
 from .transformer_methods import Outside
 
 # Of Vaswani et al. 2017, section 5: label smoothing, and what they give Adam.
@@ -154,18 +149,8 @@ def train_translator(
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, BETAS, EPSILON)
     train, steps = prepared.train, prepared.steps(recipe)
-    state: dict[str, Any] = {"epoch": 0, "seconds": 0.0}
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    seconds: float = state["seconds"]
-    for epoch in range(recipe.epochs):
-        on_epoch()
-        if epoch < state["epoch"]:
-            continue
-        begin = time.perf_counter()
-        torch.manual_seed(derive(seed, epoch, "masks"))
+
+    def train_epoch(epoch: int) -> None:
         model.train()
         batches = training_batches(train.source, train.target, recipe.batch_words, seed, epoch)
         for step, (source, words, targets) in enumerate(batches):
@@ -177,17 +162,13 @@ def train_translator(
                 logits = model(source.to(device), words.to(device))
             smoothed_loss(logits, targets.to(device)).backward()
             optimizer.step()
-        seconds += time.perf_counter() - begin
-        if checkpoint is not None:
-            contents = {
-                "epoch": epoch + 1,
-                "seconds": seconds,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
-            write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
-        if epoch + 1 < recipe.epochs:
-            on_model(epoch + 1, model)
+
+    def after_epoch(done: int) -> None:
+        if done < recipe.epochs:
+            on_model(done, model)
+
+    parts: dict[str, Part] = {"model": model, "optimizer": optimizer}
+    seconds = run_epochs(recipe.epochs, train_epoch, parts, seed, device, checkpoint, on_epoch, after_epoch)
     return model, seconds
 
 

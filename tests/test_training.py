@@ -18,11 +18,11 @@ from autodropout.reproduce.augment import derive
 from autodropout.reproduce.augment import epoch_batches
 from autodropout.reproduce.data import Split
 from autodropout.reproduce.data import open_data
+from autodropout.reproduce.files import write_atomically
 from autodropout.reproduce.training import Normalise
 from autodropout.reproduce.training import Recipe
 from autodropout.reproduce.training import build_model
 from autodropout.reproduce.training import train_model
-from autodropout.reproduce.training import write_atomically
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(10, 1, epochs=3, batch_size=20, learning_rate=0.1, weight_decay=5e-4, augment="none")
