@@ -12,7 +12,7 @@ here (docs/fewer-labels.md has what each choice costs):
   one image, labelled and not, would differ by more than its augmentation. The teacher's pass is another one, as its
   patterns are off; both passes move the running averages.
 
-Every random number of an epoch derives from (seed, epoch), as in training.py.
+Every random number of an epoch derives from (seed, epoch), see epochs.py.
 """
 
 from __future__ import annotations
