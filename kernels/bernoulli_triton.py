@@ -119,13 +119,14 @@ def cells_kernel(
     block = tl.program_id(0)
     first = (block % fragment_blocks).to(tl.int64) * FRAGMENTS
     block = block // fragment_blocks
-    row = (block % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside_rows = row < rows
+    first_row = (block % row_blocks).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    rows_left = tl.minimum(rows - first_row, ROWS).to(tl.int32)
     if OUTER:
         sample = tl.full((1, 1), 0, tl.int32) + block // row_blocks
-        row += (block // row_blocks).to(tl.int64) * rows
+        first_row += (block // row_blocks).to(tl.int64) * rows
     else:
-        sample = row.to(tl.int32)[:, None]
+        sample = (first_row.to(tl.int32) + row)[:, None]
 
     # A tile begins at a multiple of its length, so that the upper word is the same in all of it.
     call = first * CALLS
@@ -141,11 +142,14 @@ def cells_kernel(
         second = _fourth(lane - 4, w4[:, :, None], w5[:, :, None], w6[:, :, None], w7[:, :, None])
         word = tl.where(lane < 4, word, second)
 
-    cell = (first + tl.arange(0, FRAGMENTS))[None, :, None] * (4 * CALLS) + lane
-    offset = (row * decisions)[:, None, None] + cell
-    inside = inside_rows[:, None, None] & (cell < decisions)
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0)
-    tl.store(y_ptr + offset, tl.where(word >= bound, _product(x, tl.load(scale_ptr)), 0.0), mask=inside)
+    # From here in 32 bits: rows are longer than 16 tiles only where a tile has but one (`_tile`).
+    cell = tl.arange(0, FRAGMENTS)[None, :, None] * (4 * CALLS) + lane
+    offset = (row * (decision_units * GRAIN))[:, None, None] + cell
+    cells_left = tl.minimum(decisions - first * (4 * CALLS), FRAGMENTS * 4 * CALLS).to(tl.int32)
+    inside = (row < rows_left)[:, None, None] & (cell < cells_left)
+    begin = first_row * decisions + first * (4 * CALLS)
+    x = tl.load((x_ptr + begin) + offset, mask=inside, other=0.0)
+    tl.store((y_ptr + begin) + offset, tl.where(word >= bound, _product(x, tl.load(scale_ptr)), 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["threshold", "rank", "seed_ptr"])
