@@ -36,6 +36,7 @@ from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import scale_of_mask
 from .masking import write_masked
+from .pages import empty_like
 from .philox import MASK32
 from .philox import philox
 from .registration import register_op
@@ -203,7 +204,7 @@ def _apply(
 
         with torch.cuda.device(x.device):
             return bernoulli_triton.apply(x, shared, threshold_of(rate), seed, scale, rank)
-    y = torch.empty_like(x)
+    y = empty_like(x)
     for box, dropped in _dropped(x.shape, rate, seed, shared, rank):
         _write(y[box], x[box], scale, dropped)
     return y
