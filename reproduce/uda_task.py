@@ -1,4 +1,5 @@
-"""What table 2 trains when only some images have labels: supervised training, UDA, and UDA with patterns.
+"""What table 2 trains when only some images have labels: supervised training, UDA, and UDA with patterns; and the
+methods of that question, which table 1 asks, too.
 
 All methods of one seed have the same labelled images, the same initial weights and the same number of steps, in which
 they see the labelled images in the same order.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +22,7 @@ from .experiment import Job
 from .experiment import Settings
 from .experiment import Task
 from .experiment import Trained
+from .imagenet_uda import ImageNetUdaRecipe
 from .methods import OFF
 from .methods import STRENGTHS as OF_PATTERNS
 from .methods import method_policy
@@ -28,6 +31,8 @@ from .training import example_input
 from .uda_training import UdaRecipe
 from .uda_training import hide_labels
 from .uda_training import train_uda
+
+AnyRecipe = TypeVar("AnyRecipe", UdaRecipe, ImageNetUdaRecipe)
 
 # For supervised training a factor on the learning rate, for UDA the weight of its consistency term, else as in
 # methods.py, at the recipe's weight. Our choice: three each, around the usual values.
@@ -43,7 +48,12 @@ METHODS = tuple(STRENGTHS)
 STRONG_AUGMENT = {"none": "affine+cutout", "flip_crop": "flip_crop+randaugment+cutout"}
 
 
-def method_recipe(method: str, strength: float, recipe: UdaRecipe) -> UdaRecipe:
+def uses_labels_alone(method: str) -> bool:
+    """Whether the unlabelled images take no part."""
+    return method in ("supervised", "augmented")
+
+
+def method_recipe(method: str, strength: float, recipe: AnyRecipe) -> AnyRecipe:
     """The recipe of `method` at `strength`, made from the experiment's.
 
     "supervised" uses the labelled images alone; "augmented" does that with the strong augmentation, which tells what
@@ -56,7 +66,7 @@ def method_recipe(method: str, strength: float, recipe: UdaRecipe) -> UdaRecipe:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "uda":
         return dataclasses.replace(recipe, weight=strength)
-    if method in ("supervised", "augmented"):
+    if uses_labels_alone(method):
         augment = recipe.augment if method == "supervised" else recipe.strong_augment
         rate = recipe.learning_rate * strength
         return dataclasses.replace(recipe, weight=0.0, augment=augment, learning_rate=rate)
