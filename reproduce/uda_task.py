@@ -73,6 +73,12 @@ def method_recipe(method: str, strength: float, recipe: AnyRecipe) -> AnyRecipe:
     return recipe
 
 
+def check_labels(labels: int, images: int) -> None:
+    """Raises a ValueError if so many labels leave none of the training images without."""
+    if labels >= images:
+        raise ValueError(f"--labels must be below the {images} training images, got {labels}")
+
+
 class UdaTask(Task):
     """`settings.recipe`: a `UdaRecipe`; `labels`: how many of the training images have one.
 
@@ -87,8 +93,7 @@ class UdaTask(Task):
     strengths = STRENGTHS
 
     def __init__(self, settings: Settings, data: ImageData, labels: int) -> None:
-        if labels >= len(data.train):
-            raise ValueError(f"--labels must be below the {len(data.train)} training images, got {labels}")
+        check_labels(labels, len(data.train))
         self.settings, self.data, self.labels = settings, data, labels
         self.title, self.fingerprint = data.title, data.fingerprint
 

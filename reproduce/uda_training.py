@@ -137,9 +137,9 @@ def hide_labels(split: Split, labels: int, seed: int, more: torch.Tensor | None 
     return FewLabels(Split(split.images[kept], split.labels[kept]), unlabelled)
 
 
-def steps_per_epoch(recipe: UdaRecipe, data: FewLabels) -> int:
-    """One pass over the unlabelled images, without those that do not fill a last batch."""
-    return max(1, len(data.unlabelled) // recipe.unlabelled_batch)
+def steps_per_epoch(recipe: UdaRecipe, unlabelled: int) -> int:
+    """One pass over so many unlabelled images, without those that do not fill a last batch."""
+    return max(1, unlabelled // recipe.unlabelled_batch)
 
 
 def epoch_steps(
@@ -151,7 +151,7 @@ def epoch_steps(
     """
     labelled = _labelled_batches(recipe, data, seed, epoch, device, workers)
     if recipe.weight == 0:
-        for _ in range(steps_per_epoch(recipe, data)):
+        for _ in range(steps_per_epoch(recipe, len(data.unlabelled))):
             yield Step(*next(labelled), None, None)
         return
     # Rows in place of labels. The order of an epoch depends on seed and epoch only: both views are of the same images.
@@ -190,7 +190,7 @@ def train_uda(
         threshold = annealing_threshold(recipe.annealing, progress, classes)
         return step_loss(network, step, recipe, threshold, normalise)
 
-    steps = steps_per_epoch(recipe, data)
+    steps = steps_per_epoch(recipe, len(data.unlabelled))
     seconds = fit(model, recipe, batches, steps, loss, seed, device, checkpoint, on_epoch)
     return Outcome(accuracy(model, evaluation, normalise, device), seconds)
 
