@@ -68,7 +68,6 @@ from autodropout.reproduce.uda_cost import uda_cost
 from autodropout.reproduce.uda_cost import uda_models_lines
 from autodropout.reproduce.uda_report import uda_notes
 from autodropout.reproduce.uda_report import uda_rows
-from autodropout.reproduce.uda_report import words
 from autodropout.reproduce.uda_task import METHODS as UDA_METHODS
 from autodropout.reproduce.uda_task import STRENGTHS as UDA_STRENGTHS
 
@@ -331,10 +330,10 @@ def _parser() -> Parser:
 
 def _chosen(args: argparse.Namespace, preset: Preset) -> list[ImageNetRecipe]:
     """The recipes of the network asked for, or else all; as they are in this group."""
-    if args.model is not None and args.model not in {recipe.model for recipe in preset.recipes}:
-        raise ValueError(f"--model {args.model} needs --preset proxy or paper; {args.preset} has a network of its own")
     if args.labels is not None and args.model not in (None, LABEL_RECIPE.model):
         raise ValueError(f"--model must be {LABEL_RECIPE.model} with --labels, got {args.model}")
+    if args.model is not None and args.model not in {recipe.model for recipe in preset.recipes}:
+        raise ValueError(f"--model {args.model} needs --preset proxy or paper; {args.preset} has a network of its own")
     allowed = METHODS if args.labels is None else UDA_METHODS
     for method in args.methods or ():
         if method not in allowed:
@@ -400,7 +399,7 @@ def _report(task: ImageNetTask, results: Sequence[Result]) -> tuple[list[str], l
     together = "" if recipe.ranks == 1 else f", {recipe.ranks} processes"
     title = [
         f"Table 1 (the numbering is ours): test accuracy in %, {network.title}, {recipe.epochs} epochs, augmentation: "
-        f"{recipe.augment.replace('_', ' ').replace('+', ', ')}{together}",
+        f"{_words(recipe.augment)}{together}",
         f"Data: {data.title}, fingerprint {data.fingerprint[:12]}; {counts}",
     ]
     known = _is_imagenet(task)
@@ -438,7 +437,7 @@ def _uda_report(task: ImageNetUdaTask, results: Sequence[Result]) -> tuple[list[
     together = "" if recipe.ranks == 1 else f", {recipe.ranks} processes"
     title = [
         f"Table 1 (the numbering is ours): test accuracy in %, {labels:,} labels, {NETWORKS[recipe.model].title}, "
-        f"{recipe.epochs} epochs, augmentation: {words(recipe.augment)}; strong: {words(recipe.strong_augment)}"
+        f"{recipe.epochs} epochs, augmentation: {_words(recipe.augment)}; strong: {_words(recipe.strong_augment)}"
         f"{together}",
         f"Data: {data.title}, fingerprint {data.fingerprint[:12]}; {labels:,} labelled, {len(pool) - labels:,} "
         f"unlabelled training images{tuned}, {len(data.valid):,} validation, {len(data.test):,} test images",
@@ -446,6 +445,10 @@ def _uda_report(task: ImageNetUdaTask, results: Sequence[Result]) -> tuple[list[
     known = _is_imagenet(task) and recipe.model == LABEL_RECIPE.model and task.share == UDA_PAPER_LABELS
     notes = uda_notes(settings, results, "ImageNet with a tenth of the labels, ResNet-50, beside that experiment only.")
     return title, uda_rows(settings, results, UDA_PAPER if known else None), notes
+
+
+def _words(augment: str) -> str:
+    return augment.replace("_", " ").replace("+", ", ")
 
 
 def _is_imagenet(task: ImageNetTask) -> bool:

@@ -30,8 +30,8 @@ def uda_report(task: UdaTask, results: Sequence[Result]) -> tuple[list[str], lis
     given_back = " (of them the validation images, whose labels only choose strengths)" if more else ""
     title = [
         f"Table 2 (the numbering is ours): test accuracy in %, {task.labels:,} labels, WRN-{recipe.depth}-"
-        f"{recipe.width}, {recipe.epochs} epochs, augmentation: {words(recipe.augment)}; "
-        f"strong: {words(recipe.strong_augment)}",
+        f"{recipe.width}, {recipe.epochs} epochs, augmentation: {_words(recipe.augment)}; "
+        f"strong: {_words(recipe.strong_augment)}",
         f"Data: {data.title}, fingerprint {data.fingerprint[:12]}; {task.labels:,} labelled, {hidden:,} unlabelled "
         f"training images{given_back}, {len(data.valid):,} validation, {len(data.test):,} test images",
     ]
@@ -90,6 +90,5 @@ def _short(label: str) -> str:
     return label.split(" (")[0]
 
 
-def words(augment: str) -> str:
-    """An augmentation, for a title."""
+def _words(augment: str) -> str:
     return augment.replace("_", " and ").replace("+", ", ")
