@@ -26,6 +26,7 @@ from torch import nn
 from autodropout.reproduce import group
 from autodropout.reproduce.command import REFUSED
 from autodropout.reproduce.command import Parser
+from autodropout.reproduce.command import Report
 from autodropout.reproduce.command import add_experiment_options
 from autodropout.reproduce.command import count
 from autodropout.reproduce.command import preset_parser
@@ -263,8 +264,11 @@ def _run(task: ImageNetTask, device: torch.device) -> int:
     except (ValueError, OSError) as error:
         task.finish()
         return _refused(error)
-    report = _uda_report if isinstance(task, ImageNetUdaTask) else _report
-    code = run_table(NAME, experiment, "test accuracy in %", lambda results: [report(task, results)])
+
+    def reports(results: Sequence[Result]) -> list[Report]:
+        return [_uda_report(task, results) if isinstance(task, ImageNetUdaTask) else _report(task, results)]
+
+    code = run_table(NAME, experiment, "test accuracy in %", reports)
     if code == 0:
         task.finish()
     return code
@@ -389,7 +393,7 @@ def _task(args: argparse.Namespace, preset: Preset) -> ImageNetTask:
     return ImageNetTask(settings, data) if args.labels is None else ImageNetUdaTask(settings, data, args.labels)
 
 
-def _report(task: ImageNetTask, results: Sequence[Result]) -> tuple[list[str], list[Row], list[str]]:
+def _report(task: ImageNetTask, results: Sequence[Result]) -> Report:
     settings, data = task.settings, task.data
     recipe = settings.recipe
     network = NETWORKS[recipe.model]
@@ -425,7 +429,7 @@ def _report(task: ImageNetTask, results: Sequence[Result]) -> tuple[list[str], l
     return title, rows, notes
 
 
-def _uda_report(task: ImageNetUdaTask, results: Sequence[Result]) -> tuple[list[str], list[Row], list[str]]:
+def _uda_report(task: ImageNetUdaTask, results: Sequence[Result]) -> Report:
     settings, data = task.settings, task.data
     recipe = settings.recipe
     pool = data.pool if settings.final_on_all else data.train
