@@ -50,8 +50,7 @@ class ImageNetUdaRecipe(ImageNetRecipe):
             `micro_batch * (1 + unlabelled)` at once. An epoch is one pass over all of them.
         strong_augment: what the student sees of them; one of `imagenet_augment.AUGMENTS`.
         weight: lambda; with 0 the unlabelled images take no part, in as many steps.
-        temperature, confidence: of `uda.consistency_loss`; the defaults are what UDA's paper has for ImageNet (section
-            2.4).
+        temperature, confidence: of `uda.consistency_loss`; the defaults are what UDA's paper has for ImageNet.
         annealing: of `uda.annealing_threshold`, over the labelled images of a micro-batch (our choice).
     """
 
