@@ -32,6 +32,19 @@ def label_count(share: float, images: int) -> int:
     return int(share * images + 0.5)
 
 
+def labels_and_steps(recipe: ImageNetUdaRecipe, share: float, images: int) -> tuple[int, int]:
+    """`label_count`, and the steps of an epoch on so many images.
+
+    Raises:
+        ValueError: too few images of a kind for a step; names --labels.
+    """
+    labels = label_count(share, images)
+    try:
+        return labels, steps_per_epoch(recipe, labels, images - labels)
+    except ValueError as error:
+        raise ValueError(f"--labels {share:g} of {images:,} training images: {error}") from error
+
+
 def imagenet_method_recipe(method: str, strength: float, recipe: ImageNetUdaRecipe) -> ImageNetUdaRecipe:
     """As `uda_task.method_recipe`. Where unlabelled images take no part, a micro-batch is made of labelled ones, as
     many of a rank's share as fit, so that batch normalisation sees more than a few.
@@ -57,8 +70,7 @@ class ImageNetUdaTask(ImageNetTask):
         super().__init__(settings, data)
         self.share = share
         for images in (data.train, data.pool) if settings.final_on_all else (data.train,):
-            labels = label_count(share, len(images))
-            steps_per_epoch(settings.recipe, labels, len(images) - labels)
+            labels_and_steps(settings.recipe, share, len(images))
 
     def policy(self, method: str, strength: float | None) -> Policy:
         return super().policy(method.removeprefix("uda+"), strength) if method.startswith("uda+") else OFF

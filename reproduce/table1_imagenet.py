@@ -53,9 +53,9 @@ from autodropout.reproduce.imagenet_task import methods_for
 from autodropout.reproduce.imagenet_training import LABEL_SMOOTHING
 from autodropout.reproduce.imagenet_training import ImageNetRecipe
 from autodropout.reproduce.imagenet_uda import ImageNetUdaRecipe
-from autodropout.reproduce.imagenet_uda import steps_per_epoch
 from autodropout.reproduce.imagenet_uda_task import ImageNetUdaTask
 from autodropout.reproduce.imagenet_uda_task import label_count
+from autodropout.reproduce.imagenet_uda_task import labels_and_steps
 from autodropout.reproduce.methods import METHODS
 from autodropout.reproduce.methods import STRENGTHS
 from autodropout.reproduce.methods import method_label
@@ -220,7 +220,7 @@ LABEL_PRESETS = {
         train_images=500,
         valid_images=200,
         seeds=5,
-        cost="40 models, offline (measured: 12 min 56 s on two CPU cores beside other programs, 9 min 12 s of one core)",
+        cost="40 models, offline (measured: 9 min 12 s of one CPU core; 12 min 56 s beside other programs)",
     ),
     "proxy": dataclasses.replace(
         PRESETS["proxy"],
@@ -485,9 +485,10 @@ def _described(args: argparse.Namespace, preset: Preset, recipe: ImageNetRecipe)
             ("to tune", preset.train_images, {m: tuning_seeds * len(UDA_STRENGTHS[m]) for m in methods}),
             ("final", final_images, dict.fromkeys(methods, seeds)),
         ):
-            labels = label_count(args.labels, images)
-            steps = steps_per_epoch(recipe, labels, images - labels) * recipe.epochs
-            models += uda_models_lines(phase, each, labels, images, recipe.epochs, steps, uda, recipe.ranks)
+            labels, steps = labels_and_steps(recipe, args.labels, images)
+            models += uda_models_lines(
+                phase, each, labels, images, recipe.epochs, steps * recipe.epochs, uda, recipe.ranks
+            )
     else:
         methods = args.methods or methods_for(recipe.model)
         batch, smoothing = f"{recipe.batch_size:,}", f"; label smoothing {LABEL_SMOOTHING:g}"

@@ -184,7 +184,10 @@ def test_data_too_small_for_a_step_are_refused_before_any_training(monkeypatch: 
     task = task_of("--labels", "0.1")
     settings = dataclasses.replace(task.settings, final_on_all=True)
     few = dataclasses.replace(task.data, pool=Few())
-    with pytest.raises(ValueError, match="^the 3 labelled images must be at least those of a step, 10$"):
+    with pytest.raises(
+        ValueError,
+        match="^--labels 0.1 of 30 training images: the 3 labelled images must be at least those of a step, 10$",
+    ):
         ImageNetUdaTask(settings, few, 0.1)
 
 
@@ -200,8 +203,8 @@ class Few(Images):
         (["--labels", "128000"], "argument --labels: must be a share above 0 and below 1, such as 0.1, got '128000'"),
         (["--labels", "nan"], "argument --labels: must be a share above 0 and below 1, such as 0.1, got 'nan'"),
         (["--labels", "a"], "argument --labels: must be a share above 0 and below 1, such as 0.1, got 'a'"),
-        (["--labels", "0.01"], "the 5 labelled images must be at least those of a step, 10"),
-        (["--labels", "0.95"], "the 25 unlabelled images must be at least those of a step, 40"),
+        (["--labels", "0.01"], "--labels 0.01 of 500 training images: the 5 labelled images must be at least"),
+        (["--labels", "0.95"], "--labels 0.95 of 500 training images: the 25 unlabelled images must be at least"),
         (["--labels", "0.1", "--methods", "none"], "unknown method 'none'; --methods takes supervised, augmented, uda"),
         (["--methods", "uda"], "unknown method 'uda'; --methods takes none, dropout"),
         (["--labels", "0.1", "--augment", "randaugment"], "--augment must be default with --labels"),
