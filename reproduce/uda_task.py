@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,6 @@ from .experiment import Job
 from .experiment import Settings
 from .experiment import Task
 from .experiment import Trained
-from .imagenet_uda import ImageNetUdaRecipe
 from .methods import OFF
 from .methods import STRENGTHS as OF_PATTERNS
 from .methods import method_policy
@@ -32,7 +32,10 @@ from .uda_training import UdaRecipe
 from .uda_training import hide_labels
 from .uda_training import train_uda
 
-AnyRecipe = TypeVar("AnyRecipe", UdaRecipe, ImageNetUdaRecipe)
+if TYPE_CHECKING:  # table 2 needs no torchvision for its digits
+    from .imagenet_uda import ImageNetUdaRecipe
+
+AnyRecipe = TypeVar("AnyRecipe", UdaRecipe, "ImageNetUdaRecipe")
 
 # For supervised training a factor on the learning rate, for UDA the weight of its consistency term, else as in
 # methods.py, at the recipe's weight. Our choice: three each, around the usual values.
