@@ -220,7 +220,7 @@ LABEL_PRESETS = {
         train_images=500,
         valid_images=200,
         seeds=5,
-        cost="40 models, offline (measured: 9 min 12 s of one CPU core; 12 min 56 s beside other programs)",
+        cost="40 models, offline (measured: 9 min 18 s on two CPU cores, beside another program)",
     ),
     "proxy": dataclasses.replace(
         PRESETS["proxy"],
