@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -59,6 +60,17 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """A type for `add_argument`: a number above 0 and below 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"must be a share above 0 and below 1, such as 0.1, got {text!r}")
+    return number
 
 
 def add_experiment_options(parser: Parser) -> None:

@@ -7,6 +7,7 @@ which image a position has and how it is cut and distorted does not depend on ra
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,9 +57,24 @@ def train_batches(
         seed: of the epoch; each position derives its own from it.
         workers: processes; 0 is this one.
     """
-    dataset = _Augmented(images, training_transform(augment, size), order.flatten(), positions.flatten(), seed)
+    yield from view_batches(images, ((augment, seed),), size, order, positions, workers)
+
+
+def view_batches(
+    images: Images,
+    views: Sequence[tuple[str, int]],
+    size: int,
+    order: torch.Tensor,
+    positions: torch.Tensor,
+    workers: int,
+) -> Iterator[Any]:
+    """As `train_batches`, with as many views of the same images before the labels as `views` has (augment, seed): so
+    an image that is looked at twice is decoded once.
+    """
+    transforms = [(training_transform(augment, size), seed) for augment, seed in views]
+    dataset = _Augmented(images, transforms, order.flatten(), positions.flatten())
     # The loader would draw a seed of its own from the default generator.
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(views[0][1])
     yield from _loader(dataset, positions.shape[1], workers, generator)
 
 
@@ -93,22 +109,29 @@ def evaluation_transform(size: int) -> Any:
     return v2.Compose([v2.Resize(round(size * RESIZE), antialias=True), v2.CenterCrop(size)])
 
 
-class _Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    def __init__(self, images: Images, transform: Any, order: torch.Tensor, positions: torch.Tensor, seed: int) -> None:
-        self.images, self.transform, self.order, self.positions, self.seed = images, transform, order, positions, seed
+class _Augmented(Dataset[tuple[torch.Tensor, ...]]):
+    def __init__(
+        self, images: Images, transforms: Sequence[tuple[Any, int]], order: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        self.images, self.transforms, self.order, self.positions = images, transforms, order, positions
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, item: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, ...]:
         position = int(self.positions[item])
         index = int(self.order[position])
         image = self.images[index]
-        if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):  # v2 draws from the default generator
-                torch.default_generator.manual_seed(derive(self.seed, position))
-                image = self.transform(image)
-        return _tensor(image), self.images.labels[index]
+        views = [_view(image, transform, derive(seed, position)) for transform, seed in self.transforms]
+        return *views, self.images.labels[index]
+
+
+def _view(image: Any, transform: Any, seed: int) -> torch.Tensor:
+    if transform is None:
+        return _tensor(image)
+    with torch.random.fork_rng(devices=[]):  # v2 draws from the default generator
+        torch.default_generator.manual_seed(seed)
+        return _tensor(transform(image))
 
 
 class _Evaluated(Dataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -7,7 +7,9 @@ Rank 0 runs the experiment: it decides what is trained next, and alone has recor
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,8 @@ from .experiment import Settings
 from .experiment import Task
 from .experiment import Trained
 from .imagenet_data import ImageNetData
+from .imagenet_data import Images
+from .imagenet_training import TrainedModel
 from .imagenet_training import accuracy
 from .imagenet_training import train_imagenet_model
 from .imagenet_training import weights_digest
@@ -72,7 +76,7 @@ class ImageNetTask(Task):
 
     metric = "accuracy"
     larger_is_better = True
-    strengths = STRENGTHS
+    strengths: Mapping[str, tuple[float, ...]] = STRENGTHS
 
     def __init__(self, settings: Settings, data: ImageNetData) -> None:
         self.settings, self.data = settings, data
@@ -105,13 +109,19 @@ class ImageNetTask(Task):
         data, recipe = self.data, self.settings.recipe
         images = data.pool if job.phase == "final" and self.settings.final_on_all else data.train
         evaluated = data.valid if job.phase == "tune" else data.test
-        policy = self.policy(job.method, job.strength)
-        trained = train_imagenet_model(recipe, policy, images, data.classes, job.seed, device, checkpoint, on_epoch)
+        trained, used = self.fit(job, images, device, checkpoint, on_epoch)
         value = accuracy(trained.model, recipe, evaluated, device)
         figures = {"loss": trained.loss, "weights": weights_digest(trained.model)}
-        return Trained(
-            value, trained.seconds, {"train_images": len(images), "evaluation_images": len(evaluated)}, figures
-        )
+        counts = {"train_images": len(images), "evaluation_images": len(evaluated)}
+        return Trained(value, trained.seconds, {**used, **counts}, figures)
+
+    def fit(
+        self, job: Job, images: Images, device: torch.device, checkpoint: Path | None, on_epoch: Callable[[], None]
+    ) -> tuple[TrainedModel, dict[str, Any]]:
+        """The model of a job, and what else than the recipe of the settings was used, to record."""
+        policy = self.policy(job.method, job.strength)
+        recipe, classes = self.settings.recipe, self.data.classes
+        return train_imagenet_model(recipe, policy, images, classes, job.seed, device, checkpoint, on_epoch), {}
 
     def try_policy(self, method: str, strength: float | None) -> None:
         recipe = self.settings.recipe

@@ -13,10 +13,12 @@ import math
 import os
 import time
 from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from typing import TypeVar
 from typing import cast
 
 import torch
@@ -40,6 +42,8 @@ from .imagenet_data import Images
 from .models.imagenet import NETWORKS
 from .models.imagenet import build_network
 from .training import MOMENTUM
+
+Batch = TypeVar("Batch")
 
 LABEL_SMOOTHING = 0.1
 EVAL_BATCH = 100
@@ -148,6 +152,46 @@ def train_imagenet_model(
         ValueError: the group has not the recipe's number of ranks; fewer images than a batch.
         RuntimeError: the ranks ended with different weights.
     """
+    normalise = Normalise(device)
+
+    def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        size = NETWORKS[recipe.model].image_size
+        order = epoch_order(len(images), recipe.batch_size, seed, epoch)
+        positions = dealt(order, recipe.micro_batch, recipe.ranks, group.rank())
+        distortion = derive(seed, epoch, "augment")
+        return train_batches(images, recipe.augment, size, order, positions, distortion, loading_processes(device))
+
+    def loss(network: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], progress: float) -> torch.Tensor:
+        chosen, labels = batch
+        guesses = network(normalise(chosen))
+        return F.cross_entropy(guesses, labels.to(device, non_blocking=True), label_smoothing=LABEL_SMOOTHING)
+
+    steps = len(images) // recipe.batch_size
+    return fit(recipe, policy, classes, batches, steps, loss, seed, device, checkpoint, on_epoch)
+
+
+def fit(
+    recipe: ImageNetRecipe,
+    policy: Policy,
+    classes: int,
+    batches: Callable[[int], Iterator[Batch]],
+    steps: int,
+    loss: Callable[[nn.Module, Batch, float], torch.Tensor],
+    seed: int,
+    device: torch.device,
+    checkpoint: Path | None,
+    on_epoch: Callable[[], None],
+) -> TrainedModel:
+    """Takes the steps of a recipe on any loss, or those that `checkpoint` has not yet behind it.
+
+    Args:
+        recipe, policy, classes, seed, device, checkpoint, on_epoch: as in `train_imagenet_model`.
+        batches: this rank's micro-batches of an epoch, `recipe.accumulated` for each of its `steps`.
+        loss: mean of (the network, in training mode; a micro-batch; the share of all steps taken before).
+
+    Raises:
+        ValueError, RuntimeError: as `train_imagenet_model`.
+    """
     if recipe.ranks != group.ranks():
         raise ValueError(f"ranks must be {group.ranks()}, the processes of this group, got {recipe.ranks}")
     on_gpu = device.type == "cuda"
@@ -168,20 +212,22 @@ def train_imagenet_model(
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
             average.load_state_dict(state["average"])
-    done, seconds, loss = int(state["epoch"]), float(state["seconds"]), float(state["loss"])
+    done, seconds, mean = int(state["epoch"]), float(state["seconds"]), float(state["loss"])
     compiled = cast(nn.Module, torch.compile(model)) if recipe.compile else model
     for epoch in range(recipe.epochs):
         on_epoch()
         if epoch < done:
             continue
         start = time.perf_counter()
-        loss = _train_epoch(recipe, model, compiled, average, optimizer, images, seed, epoch, device)
+        mean = _train_epoch(
+            recipe, model, compiled, average, optimizer, batches(epoch), steps, loss, seed, epoch, device
+        )
         seconds += time.perf_counter() - start
         if checkpoint is not None and group.rank() == 0:
             contents = {
                 "epoch": epoch + 1,
                 "seconds": seconds,
-                "loss": loss,
+                "loss": mean,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "average": None if average is None else average.state_dict(),
@@ -189,7 +235,7 @@ def train_imagenet_model(
             write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
     final = model if average is None else average.module
     group.check_same("the final weights", weights_digest(final))
-    return TrainedModel(final, loss, seconds)
+    return TrainedModel(final, mean, seconds)
 
 
 def _train_epoch(
@@ -198,41 +244,35 @@ def _train_epoch(
     compiled: nn.Module,
     average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
-    images: Images,
+    batches: Iterator[Batch],
+    steps: int,
+    loss: Callable[[nn.Module, Batch, float], torch.Tensor],
     seed: int,
     epoch: int,
     device: torch.device,
 ) -> float:
     """Leaves every rank with the same weights and buffers, and returns the mean loss over all images of the epoch."""
-    order = epoch_order(len(images), recipe.batch_size, seed, epoch)
-    positions = dealt(order, recipe.micro_batch, recipe.ranks, group.rank())
-    size = NETWORKS[recipe.model].image_size
-    batches = train_batches(
-        images, recipe.augment, size, order, positions, derive(seed, epoch, "augment"), _workers(device)
-    )
     # What the model draws. The ranks' masks would differ under one seed, too; those of nn.Dropout would not.
     torch.manual_seed(derive(seed, epoch, group.rank(), "masks"))
     model.train()
     # A wrapper changes the order of its sums after its first step. So that an epoch after a restart does what it does
     # without one, each has a wrapper of its own.
-    scores: nn.Module = compiled
+    network: nn.Module = compiled
     if group.started():
-        scores = DistributedDataParallel(compiled, device_ids=[device] if device.type == "cuda" else None)
-    normalise = Normalise(device)
-    steps = len(order)
+        network = DistributedDataParallel(compiled, device_ids=[device] if device.type == "cuda" else None)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for micro_step, (chosen, labels) in enumerate(batches):
+    for micro_step, batch in enumerate(batches):
         step, part = divmod(micro_step, recipe.accumulated)
+        taken = epoch * steps + step
         if part == 0:
-            optimizer.param_groups[0]["lr"] = recipe.rate(epoch * steps + step, steps)
+            optimizer.param_groups[0]["lr"] = recipe.rate(taken, steps)
             optimizer.zero_grad(set_to_none=True)
         last = part + 1 == recipe.accumulated
-        with scores.no_sync() if isinstance(scores, DistributedDataParallel) and not last else nullcontext():
+        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                guesses = scores(normalise(chosen))
-                loss = F.cross_entropy(guesses, labels.to(device, non_blocking=True), label_smoothing=LABEL_SMOOTHING)
-            (loss / recipe.accumulated).backward()
-        total += loss.detach()
+                value = loss(network, batch, taken / (recipe.epochs * steps))
+            (value / recipe.accumulated).backward()
+        total += value.detach()
         if last:
             optimizer.step()
             if average is not None:
@@ -241,7 +281,7 @@ def _train_epoch(
     if average is not None:
         group.broadcast_buffers(average)
     (summed,) = group.summed([float(total)])
-    return summed / (len(positions) * recipe.ranks)
+    return summed / (steps * recipe.accumulated * recipe.ranks)
 
 
 def _average(model: nn.Module, decay: float | None) -> AveragedModel | None:
@@ -270,7 +310,7 @@ def accuracy(model: nn.Module, recipe: ImageNetRecipe, images: Images, device: t
     correct, normalise = 0, Normalise(device)
     crop = recipe.augment.startswith("resized_crop")
     size = NETWORKS[recipe.model].image_size
-    batches = evaluation_batches(images, crop, size, EVAL_BATCH, group.rank(), group.ranks(), _workers(device))
+    batches = evaluation_batches(images, crop, size, EVAL_BATCH, group.rank(), group.ranks(), loading_processes(device))
     with torch.inference_mode():
         for chosen, labels in batches:
             correct += int((model(normalise(chosen)).argmax(1).cpu() == labels).sum())
@@ -287,7 +327,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _workers(device: torch.device) -> int:
+def loading_processes(device: torch.device) -> int:
     """Processes that load and augment: on a GPU's machine its cores, shared by the ranks there."""
     if device.type != "cuda":
         return 0

@@ -16,10 +16,12 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from autodropout.reproduce.command import Parser
 from autodropout.reproduce.command import Report
@@ -48,11 +50,16 @@ from autodropout.reproduce.methods import policy_origin
 from autodropout.reproduce.models.wide_resnet import WideResNet
 from autodropout.reproduce.report import Row
 from autodropout.reproduce.training import Recipe
+from autodropout.reproduce.uda_cost import uda_cost
+from autodropout.reproduce.uda_cost import uda_models_lines
 from autodropout.reproduce.uda_report import uda_report
 from autodropout.reproduce.uda_task import METHODS as UDA_METHODS
+from autodropout.reproduce.uda_task import STRENGTHS as UDA_STRENGTHS
 from autodropout.reproduce.uda_task import STRONG_AUGMENT
 from autodropout.reproduce.uda_task import UdaTask
+from autodropout.reproduce.uda_task import check_labels
 from autodropout.reproduce.uda_training import UdaRecipe
+from autodropout.reproduce.uda_training import steps_per_epoch
 
 NAME = "table2_cifar"
 DATA_VARIABLE = "AUTODROPOUT_DATA"
@@ -244,39 +251,67 @@ def _settings(args: argparse.Namespace, preset: Preset, augment: str) -> Setting
 
 def _described(args: argparse.Namespace, preset: Preset) -> str:
     """What it would cost, on digits in the demo and else on CIFAR-10, whether that is there or not."""
-    if args.labels is not None:
-        raise ValueError("--dry-run counts steps with all labels; it cannot be combined with --labels")
     digits = args.data == DIGITS or (args.data is None and args.preset == "demo")
-    channels, size = (1, 8) if digits else (3, 32)
+    channels, size, width = (1, 8, 4) if digits else (3, 32, 2)
     settings = _settings(args, preset, "none" if digits else "flip_crop")
     recipe, images = settings.recipe, args.train_images or preset.train_images
     valid = max(1, images // 10) if preset.valid_images is None else 0
-    network = classification_step(
-        lambda: WideResNet(recipe.depth, recipe.width, 10, channels), recipe.batch_size, channels, size
-    )
-    cost = cost_of(network)
-    trials = settings.tuning_seeds * sum(len(STRENGTHS[method]) for method in settings.methods)
-    phases = (("to tune", trials, images - valid), ("final", settings.seeds * len(settings.methods), images))
+    augment = recipe.augment
+
+    def build() -> nn.Module:
+        return WideResNet(recipe.depth, recipe.width, 10, channels)
+
+    if isinstance(recipe, UdaRecipe):
+        augment += f", strong {recipe.strong_augment}"
+        costs, models = _uda_described(args.labels, settings, recipe, build, channels, size, width, images, valid)
+    else:
+        cost = cost_of(classification_step(build, recipe.batch_size, channels, size))
+        costs = cost_lines(cost, f"{recipe.batch_size} images of {size}x{size}", 1, copies=1, width=width)
+        trials = settings.tuning_seeds * sum(len(STRENGTHS[method]) for method in settings.methods)
+        models = [
+            models_line(
+                name, count, f"{n:,} images", recipe.epochs, max(1, n // recipe.batch_size) * recipe.epochs, cost.flops
+            )
+            for name, count, n in (
+                ("to tune", trials, images - valid),
+                ("final", settings.seeds * len(settings.methods), images),
+            )
+        ]
     return "\n".join(
         [
-            f"WRN-{recipe.depth}-{recipe.width}, augmentation {recipe.augment}",
+            f"WRN-{recipe.depth}-{recipe.width}, augmentation {augment}",
             f"Methods: {', '.join(settings.methods)}",
-            *cost_lines(cost, f"{recipe.batch_size} images of {size}x{size}", 1, copies=1, width=4 if digits else 2),
+            *costs,
             f"SGD with Nesterov momentum, learning rate from {recipe.learning_rate:g} to 0 along a cosine, weight "
             f"decay {recipe.weight_decay:g}",
-            *(
-                models_line(
-                    name,
-                    models,
-                    f"{n:,} images",
-                    recipe.epochs,
-                    max(1, n // recipe.batch_size) * recipe.epochs,
-                    cost.flops,
-                )
-                for name, models, n in phases
-            ),
+            *models,
         ]
     )
+
+
+def _uda_described(
+    labels: int,
+    settings: Settings,
+    recipe: UdaRecipe,
+    build: Callable[[], nn.Module],
+    channels: int,
+    size: int,
+    width: int,
+    images: int,
+    valid: int,
+) -> tuple[list[str], list[str]]:
+    """The lines on a step and those on all models; the validation images are without labels in the final models."""
+    check_labels(labels, images - valid)
+    cost = uda_cost(build, recipe, recipe.batch_size, recipe.unlabelled_batch, channels, size)
+    tuned = {method: settings.tuning_seeds * len(UDA_STRENGTHS[method]) for method in settings.methods}
+    models = []
+    for phase, each, n in (
+        ("to tune", tuned, images - valid),
+        ("final", dict.fromkeys(settings.methods, settings.seeds), images),
+    ):
+        steps = steps_per_epoch(recipe, n - labels) * recipe.epochs
+        models += uda_models_lines(phase, each, labels, n, recipe.epochs, steps, cost, devices=1)
+    return cost.lines(size, copies=1, width=width), models
 
 
 def _report(settings: Settings, data: ImageData, results: Sequence[Result]) -> tuple[list[str], list[Row], list[str]]:

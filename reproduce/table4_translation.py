@@ -257,8 +257,9 @@ def _described(task: TranslationTask, device: torch.device) -> str:
     recipe, settings = task.settings.recipe, task.settings
     steps = recipe.epochs * task.prepared.steps(recipe)
     trials = settings.tuning_seeds * sum(len(task.strengths[m]) for m in settings.methods)
+    number, length = _batch(task)
     cost = cost_of(lambda: _step(task))
-    batch = f"at most {recipe.batch_words:,} subwords on either side"
+    batch = f"{number:,} pairs of {length} subwords on either side, the mean of the longer ones"
     data = f"{len(task.prepared.train):,} pairs"
     return "\n".join(
         [
@@ -274,13 +275,18 @@ def _described(task: TranslationTask, device: torch.device) -> str:
     )
 
 
-def _step(task: TranslationTask) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """For `cost_of`: a full batch of pairs of the mean length."""
-    train, recipe = task.prepared.train, task.settings.recipe
+def _batch(task: TranslationTask) -> tuple[int, int]:
+    """Pairs of a full batch, and their length: the mean of what padding makes of a pair."""
+    train = task.prepared.train
     lengths = [max(len(a), len(b)) for a, b in zip(train.source, train.target, strict=True)]
     length = round(sum(lengths) / len(lengths))
-    model = Transformer(len(task.prepared.subwords), recipe.size)
-    words = torch.empty(max(1, recipe.batch_words // length), length, dtype=torch.int64)
+    return max(1, task.settings.recipe.batch_words // length), length
+
+
+def _step(task: TranslationTask) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """For `cost_of`."""
+    model = Transformer(len(task.prepared.subwords), task.settings.recipe.size)
+    words = torch.empty(_batch(task), dtype=torch.int64)
     return model, lambda: smoothed_loss(model(words, words), words)
 
 

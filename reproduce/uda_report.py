@@ -1,10 +1,11 @@
-"""What table 2 says when only some images have labels."""
+"""What tables 1 and 2 say when only some images have labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from .experiment import Result
+from .experiment import Settings
 from .methods import method_label
 from .methods import policy_origin
 from .report import DASH
@@ -40,27 +41,43 @@ def uda_report(task: UdaTask, results: Sequence[Result]) -> tuple[list[str], lis
         and task.labels == PAPER_LABELS
         and len(data.train) + len(data.valid) == PAPER_IMAGES
     )
-    label = {r.method: method_label(r.method, settings.policy_name, policy_origin(settings.policy)) for r in results}
-    percent = {r.method: tuple(100 * accuracy for accuracy in r.values) for r in results}
-    rows = [
-        Row(label[r.method], r.strength, percent[r.method], PAPER if known and r.method == "uda+autodropout" else None)
-        for r in results
+    notes = uda_notes(
+        settings,
+        results,
+        "CIFAR-10 with 4,000 labels, WRN-28-2, an error of 4.2% as accuracy, beside that experiment only.",
+    )
+    return title, uda_rows(settings, results, PAPER if known else None), notes
+
+
+def uda_rows(settings: Settings, results: Sequence[Result], paper: str | None) -> list[Row]:
+    """`paper`: accuracy of AutoDropout with UDA in the paper, where the experiment is the paper's."""
+    return [
+        Row(
+            method_label(result.method, settings.policy_name, policy_origin(settings.policy)),
+            result.strength,
+            tuple(100 * accuracy for accuracy in result.values),
+            paper if result.method == "uda+autodropout" else None,
+        )
+        for result in results
     ]
+
+
+def uda_notes(settings: Settings, results: Sequence[Result], paper: str) -> list[str]:
+    """What is under the table; `paper`: which experiment the paper's number is of."""
+    rows = dict(zip((result.method for result in results), uda_rows(settings, results, None), strict=True))
     trials = f"{settings.tuning_seeds} seed{'s' if settings.tuning_seeds > 1 else ''}"
-    notes = [
-        f"Paired by seed: {short} minus {other}: {_difference(percent[method], percent[base])}"
-        for method, base in PAIRS
-        if method in percent and base in percent
-        for short, other in [(_short(label[method]), _short(label[base]))]
-    ]
-    notes.append(
+    return [
+        *(
+            f"Paired by seed: {_short(rows[method].label)} minus {_short(rows[base].label)}: "
+            f"{_difference(rows[method].values, rows[base].values)}"
+            for method, base in PAIRS
+            if method in rows and base in rows
+        ),
         f"tuned: the best of three strengths on the validation images, {trials} each (supervised: a factor on the "
         "learning rate; UDA: the weight of its consistency term; AutoDropout: a factor on the sizes or rates of its "
         f"policy's patterns). Seeds 0 to {settings.seeds - 1}; a seed also draws which images have labels. Intervals: "
-        "Student's t over seeds; p: paired t-test, two-sided. paper: Pham & Le 2021, CIFAR-10 with 4,000 labels, "
-        "WRN-28-2, an error of 4.2% as accuracy, beside that experiment only."
-    )
-    return title, rows, notes
+        f"Student's t over seeds; p: paired t-test, two-sided. paper: Pham & Le 2021, {paper}",
+    ]
 
 
 def _difference(values: Sequence[float], base: Sequence[float]) -> str:

@@ -1,4 +1,5 @@
-"""What table 2 trains when only some images have labels: supervised training, UDA, and UDA with patterns.
+"""What table 2 trains when only some images have labels: supervised training, UDA, and UDA with patterns; and the
+methods of that question, which table 1 asks, too.
 
 All methods of one seed have the same labelled images, the same initial weights and the same number of steps, in which
 they see the labelled images in the same order.
@@ -9,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 
@@ -29,6 +32,11 @@ from .uda_training import UdaRecipe
 from .uda_training import hide_labels
 from .uda_training import train_uda
 
+if TYPE_CHECKING:  # table 2 needs no torchvision for its digits
+    from .imagenet_uda import ImageNetUdaRecipe
+
+AnyRecipe = TypeVar("AnyRecipe", UdaRecipe, "ImageNetUdaRecipe")
+
 # For supervised training a factor on the learning rate, for UDA the weight of its consistency term, else as in
 # methods.py, at the recipe's weight. Our choice: three each, around the usual values.
 STRENGTHS: dict[str, tuple[float, ...]] = {
@@ -43,7 +51,12 @@ METHODS = tuple(STRENGTHS)
 STRONG_AUGMENT = {"none": "affine+cutout", "flip_crop": "flip_crop+randaugment+cutout"}
 
 
-def method_recipe(method: str, strength: float, recipe: UdaRecipe) -> UdaRecipe:
+def uses_labels_alone(method: str) -> bool:
+    """Whether the unlabelled images take no part."""
+    return method in ("supervised", "augmented")
+
+
+def method_recipe(method: str, strength: float, recipe: AnyRecipe) -> AnyRecipe:
     """The recipe of `method` at `strength`, made from the experiment's.
 
     "supervised" uses the labelled images alone; "augmented" does that with the strong augmentation, which tells what
@@ -56,11 +69,17 @@ def method_recipe(method: str, strength: float, recipe: UdaRecipe) -> UdaRecipe:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "uda":
         return dataclasses.replace(recipe, weight=strength)
-    if method in ("supervised", "augmented"):
+    if uses_labels_alone(method):
         augment = recipe.augment if method == "supervised" else recipe.strong_augment
         rate = recipe.learning_rate * strength
         return dataclasses.replace(recipe, weight=0.0, augment=augment, learning_rate=rate)
     return recipe
+
+
+def check_labels(labels: int, images: int) -> None:
+    """Raises a ValueError if so many labels leave none of the training images without."""
+    if labels >= images:
+        raise ValueError(f"--labels must be below the {images} training images, got {labels}")
 
 
 class UdaTask(Task):
@@ -77,8 +96,7 @@ class UdaTask(Task):
     strengths = STRENGTHS
 
     def __init__(self, settings: Settings, data: ImageData, labels: int) -> None:
-        if labels >= len(data.train):
-            raise ValueError(f"--labels must be below the {len(data.train)} training images, got {labels}")
+        check_labels(labels, len(data.train))
         self.settings, self.data, self.labels = settings, data, labels
         self.title, self.fingerprint = data.title, data.fingerprint
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -45,6 +46,19 @@ from .training import loading_processes
 from .uda import annealing_threshold
 from .uda import consistency_loss
 from .uda import supervised_loss
+
+
+class Consistency(Protocol):
+    """What a recipe says of the loss: `weight` (lambda), `temperature` and `confidence` of `uda.consistency_loss`."""
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def confidence(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,18 @@ class Step:
     strong: torch.Tensor | None
 
 
+def labelled_rows(count: int, labels: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of `count` images keep their labels, `labels` of them, and which do not; both int64, ascending.
+
+    Raises:
+        ValueError: `labels` out of range.
+    """
+    if not 1 <= labels < count:
+        raise ValueError(f"labels must be at least 1 and below the {count} training images, got {labels}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(derive(seed, "labels")))
+    return order[:labels].sort().values, order[labels:].sort().values
+
+
 def hide_labels(split: Split, labels: int, seed: int, more: torch.Tensor | None = None) -> FewLabels:
     """Keeps the labels of that many images, drawn by `seed` without looking at them, and leaves out all others.
 
@@ -104,19 +130,16 @@ def hide_labels(split: Split, labels: int, seed: int, more: torch.Tensor | None 
     Raises:
         ValueError: `labels` out of range.
     """
-    if not 1 <= labels < len(split):
-        raise ValueError(f"labels must be at least 1 and below the {len(split)} training images, got {labels}")
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derive(seed, "labels")))
-    kept, hidden = order[:labels].sort().values, order[labels:].sort().values
+    kept, hidden = labelled_rows(len(split), labels, seed)
     unlabelled = split.images[hidden]
     if more is not None:
         unlabelled = torch.cat((unlabelled, more))
     return FewLabels(Split(split.images[kept], split.labels[kept]), unlabelled)
 
 
-def steps_per_epoch(recipe: UdaRecipe, data: FewLabels) -> int:
-    """One pass over the unlabelled images, without those that do not fill a last batch."""
-    return max(1, len(data.unlabelled) // recipe.unlabelled_batch)
+def steps_per_epoch(recipe: UdaRecipe, unlabelled: int) -> int:
+    """One pass over so many unlabelled images, without those that do not fill a last batch."""
+    return max(1, unlabelled // recipe.unlabelled_batch)
 
 
 def epoch_steps(
@@ -128,7 +151,7 @@ def epoch_steps(
     """
     labelled = _labelled_batches(recipe, data, seed, epoch, device, workers)
     if recipe.weight == 0:
-        for _ in range(steps_per_epoch(recipe, data)):
+        for _ in range(steps_per_epoch(recipe, len(data.unlabelled))):
             yield Step(*next(labelled), None, None)
         return
     # Rows in place of labels. The order of an epoch depends on seed and epoch only: both views are of the same images.
@@ -165,18 +188,38 @@ def train_uda(
 
     def loss(network: nn.Module, step: Step, progress: float) -> torch.Tensor:
         threshold = annealing_threshold(recipe.annealing, progress, classes)
-        if step.weak is None or step.strong is None:
-            return supervised_loss(network(normalise(step.images)), step.labels, threshold)
-        with torch.no_grad(), patterns_off(model):
-            teacher = network(normalise(step.weak))
-        scores = network(normalise(torch.cat((step.images, step.strong))))
-        own, student = scores.split((len(step.images), len(step.strong)))
-        supervised = supervised_loss(own, step.labels, threshold)
-        return supervised + recipe.weight * consistency_loss(student, teacher, recipe.temperature, recipe.confidence)
+        return step_loss(network, step, recipe, threshold, normalise)
 
-    steps = steps_per_epoch(recipe, data)
+    steps = steps_per_epoch(recipe, len(data.unlabelled))
     seconds = fit(model, recipe, batches, steps, loss, seed, device, checkpoint, on_epoch)
     return Outcome(accuracy(model, evaluation, normalise, device), seconds)
+
+
+def step_loss(
+    network: nn.Module,
+    step: Step,
+    recipe: Consistency,
+    threshold: float,
+    normalise: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """UDA's loss of a batch; without unlabelled images its supervised term alone.
+
+    Args:
+        network: with its patterns, in training mode.
+        step: its labels on the device of the network.
+        recipe: weight, temperature and confidence.
+        threshold: of `annealing_threshold`.
+        normalise: makes of images what the network takes.
+    """
+    own = normalise(step.images)
+    if step.weak is None or step.strong is None:
+        return supervised_loss(network(own), step.labels, threshold)
+    with torch.no_grad(), patterns_off(network):
+        teacher = network(normalise(step.weak))
+    scores = network(torch.cat((own, normalise(step.strong))))
+    guesses, student = scores.split((len(step.images), len(step.strong)))
+    supervised = supervised_loss(guesses, step.labels, threshold)
+    return supervised + recipe.weight * consistency_loss(student, teacher, recipe.temperature, recipe.confidence)
 
 
 @contextmanager

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autodropout.reproduce import table1_imagenet
 from autodropout.reproduce import table2_cifar
+from autodropout.reproduce import table3_language_model
+from autodropout.reproduce import table4_translation
 from autodropout.reproduce.dry_run import Cost
 from autodropout.reproduce.dry_run import cost_lines
 from autodropout.reproduce.dry_run import cost_of
@@ -19,6 +25,9 @@ from autodropout.reproduce.models.imagenet import build_network
 from autodropout.reproduce.models.transformer_xl import PENN_TREEBANK
 from autodropout.reproduce.models.transformer_xl import TransformerXL
 from autodropout.reproduce.models.wide_resnet import WideResNet
+from autodropout.reproduce.uda_cost import UdaCost
+from autodropout.reproduce.uda_cost import uda_cost
+from autodropout.reproduce.uda_cost import uda_models_lines
 
 
 def cost(model: nn.Module, *shape: int) -> Cost:
@@ -125,9 +134,99 @@ def test_table_2_says_what_it_would_train(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_table_2_counts_no_steps_of_few_labels(capsys: pytest.CaptureFixture[str]) -> None:
-    assert table2_cifar.main(["--labels", "20", "--dry-run"]) == 2
-    assert "--dry-run counts steps with all labels" in capsys.readouterr().err
+@dataclass(frozen=True)
+class Loss:
+    weight: float = 1.0
+    temperature: float = 0.4
+    confidence: float = 0.8
+
+
+def test_a_step_of_uda_is_the_students_pass_with_gradient_and_the_teachers_without() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
+
+    found = uda_cost(build, Loss(), labelled=2, unlabelled=6, channels=3, size=4, passes=7)
+    image = 2 * 3 * 4 * 4 * 5  # forward, and the same again for the gradient of the weights; images need none
+    assert found.student == 2 * 8 * image
+    assert found.both.flops == 2 * 8 * image + 6 * image
+    assert found.both.parameters == 3 * 4 * 4 * 5 + 5
+    assert found.flops("uda") == found.flops("uda+autodropout") == 7 * found.both.flops
+    assert found.flops("supervised") == found.flops("augmented") == 7 * 2 * 2 * image
+    _, operations, passes, _ = found.lines(4, copies=1, width=2)
+    assert "(2 labelled and 6 unlabelled images of 4x4, 7 times a step;" in operations
+    assert f"gradient: {7 * 16 * image:.3g}; the teacher's, without: {7 * 6 * image:.3g}. " in passes
+    # The loss keeps of the scores and of the images what the student needs; the teacher's pass keeps nothing.
+    more = uda_cost(build, Loss(), labelled=2, unlabelled=7, channels=3, size=4)
+    assert 3 * 4 * 4 <= more.both.saved_numbers - found.both.saved_numbers <= 3 * 4 * 4 + 6 * 5
+
+
+def test_supervised_models_and_those_of_uda_are_counted_apart() -> None:
+    cost = UdaCost(Cost(1, 80, 0, 0), student=60, passes=2, labelled=1, unlabelled=5)
+    models = {"supervised": 3, "augmented": 1, "uda": 3, "uda+dropout": 2}
+    supervised, uda = uda_models_lines("final", models, 10, 60, 4, 100, cost, devices=8)
+    assert supervised.startswith("4 models final, supervised: 60 images, 10 of them with labels, 4 epochs, 100 steps, ")
+    assert f"{10 * 2 * 8 * 100:.3g} floating-point operations each, {4 * 10 * 2 * 8 * 100:.3g} together" in supervised
+    assert uda.startswith("5 models final, UDA: ")
+    assert f"{80 * 2 * 8 * 100:.3g} floating-point operations each" in uda
+    assert uda_models_lines("final", {"uda": 1}, 10, 60, 4, 100, cost, devices=8)[0].startswith("1 models final, UDA")
+
+
+def test_table_2_says_what_few_labels_would_cost(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert table2_cifar.main(["--preset", "paper", "--labels", "4000", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "WRN-28-2, augmentation flip_crop, strong flip_crop+randaugment+cutout\n" in text
+    assert "Parameters: 1,467,610\n" in text
+    assert "6 models to tune, supervised: 45,000 images, 4,000 of them with labels, 697 epochs, 178,432 steps" in text
+    # The validation images come back without labels: 46,000 unlabelled ones in batches of 160.
+    assert "15 models final, UDA: 50,000 images, 4,000 of them with labels, 697 epochs, 200,039 steps" in text
+    # Forward three times for the student's 192 images, once for the teacher's 160; 0.21e9 multiplications an image.
+    (each,) = re.findall(r"final, UDA: .* steps, ([\d.e+]+) floating-point operations each", text)
+    assert float(each) / 200_039 / (6 * 192 + 2 * 160) == pytest.approx(0.21e9, rel=0.03)
+    assert table2_cifar.main(["--labels", "800", "--dry-run"]) == 2
+    assert "--labels must be below the 800 training images, got 800" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        (table1_imagenet, []),
+        (table1_imagenet, ["--labels", "0.1"]),
+        (table2_cifar, []),
+        (table2_cifar, ["--labels", "100"]),
+        (table3_language_model, []),
+        (table4_translation, []),
+    ],
+)
+def test_all_tables_say_it_alike(
+    script: ModuleType,
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    assert script.main([*arguments, "--dry-run"]) == 0
+    torch.set_num_threads(threads)
+    expected = [
+        "Methods: ",
+        r"Parameters: [\d,]+$",
+        r"Operations: [\d.e+]+ floating-point operations a step on each device, forward and backward \(.*",
+        *(["Of these the student's pass, with gradient: .*"] if arguments else []),
+        r"Memory of a device, estimated: [\d.]+ GiB = ",
+        "SGD|Adam",
+        *[r"\d+ models to tune.*: .* steps, [\d.e+]+ floating-point operations each, [\d.e+]+ together$"]
+        * (2 if arguments else 1),
+        *[r"\d+ models final.*: .* steps, [\d.e+]+ floating-point operations each, [\d.e+]+ together$"]
+        * (2 if arguments else 1),
+    ]
+    lines = capsys.readouterr().out.splitlines()[-len(expected) :]
+    assert all(re.match(pattern, line) for pattern, line in zip(expected, lines, strict=True)), lines
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_numbers_decide_the_step_is_done() -> None:

@@ -25,7 +25,7 @@ from autodropout.reproduce.imagenet_task import ImageNetTask
 from autodropout.reproduce.imagenet_task import network_policy
 from autodropout.reproduce.models.imagenet import sites_of
 
-TINY = ["--epochs", "2", "--seeds", "1", "--methods", "stochasticdepth"]
+TINY = ["--epochs", "2", "--seeds", "1", "--methods"]
 TINY_MODELS = 3 + 1
 
 
@@ -65,13 +65,14 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
-def test_one_rank_killed_and_all_ranks_killed_end_in_the_same_weights(tmp_path: Path) -> None:
-    through, killed = tmp_path / "through", tmp_path / "killed"
-    table = finish(torchrun(through, *TINY))
+@pytest.mark.parametrize("which", [["stochasticdepth"], ["uda+dropout", "--labels", "0.1"]])
+def test_one_rank_killed_and_all_ranks_killed_end_in_the_same_weights(which: list[str], tmp_path: Path) -> None:
+    through, killed, arguments = tmp_path / "through", tmp_path / "killed", [*TINY, *which]
+    table = finish(torchrun(through, *arguments))
     assert "2 processes" in " ".join(table.split())
     assert table.count("Table 1") == 1, "one process prints"
 
-    process = torchrun(killed, *TINY, restarts=1)
+    process = torchrun(killed, *arguments, restarts=1)
     wait_for(killed, process, 1)
     first = ranks_of(process)
     os.kill(first[1], signal.SIGKILL)
@@ -87,7 +88,7 @@ def test_one_rank_killed_and_all_ranks_killed_end_in_the_same_weights(tmp_path: 
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert len(records(killed)) < TINY_MODELS
-    assert finish(torchrun(killed, *TINY)) == table
+    assert finish(torchrun(killed, *arguments)) == table
 
     ended, expected = records(killed), records(through)
     assert [result(record) for record in ended] == [result(record) for record in expected]

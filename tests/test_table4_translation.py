@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,8 +74,24 @@ def test_kill_9_and_the_same_command_end_in_the_same_table(tmp_path: Path) -> No
 @pytest.mark.parametrize("preset", script.PRESETS)
 def test_a_dry_run_trains_nothing(preset: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--preset", preset, "--data", ".", "--dry-run"]) == 0
-    assert "parameters" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "9 models to tune: 64 pairs, " in text
     assert not (folder / "runs").exists()
+
+
+def test_a_dry_run_counts_the_operations_of_a_full_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--data", ".", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    number, length = map(int, re.findall(r"\(([\d,]+) pairs of (\d+) subwords on either side", text)[0])
+    assert number * length <= script.PRESETS["demo"].recipe.batch_words < (number + 1) * length
+    (subwords,) = (int(n) for n in re.findall(r"(\d+) subwords$", text.splitlines()[1]))
+    # Width 8, inner 8: multiplications of a word in an attention's four projections and two products, and in a
+    # feed-forward part; one encoder's layer, and one decoder's with two attentions; then the softmax over subwords.
+    attention, feed_forward = 4 * 8 * 8 + 2 * length * 8, 2 * 8 * 8
+    multiplications = number * length * (3 * attention + 2 * feed_forward + 8 * subwords)
+    operations = float(re.findall(r"Operations: ([\d.e+]+) ", text)[0])
+    # Forward and two gradients, rounded to three digits.
+    assert operations == pytest.approx(3 * 2 * multiplications, rel=5e-3)
 
 
 @pytest.mark.parametrize(
