@@ -21,6 +21,7 @@ from scripts import wait_for
 from autodropout import load_policy
 from autodropout.reproduce import table1_imagenet as script
 from autodropout.reproduce.experiment import Result
+from autodropout.reproduce.imagenet_report import report
 from autodropout.reproduce.imagenet_task import ImageNetTask
 from autodropout.reproduce.imagenet_task import network_policy
 from autodropout.reproduce.models.imagenet import sites_of
@@ -200,7 +201,7 @@ def task_of(model: str, augment: str) -> ImageNetTask:
 def test_the_papers_numbers_stand_beside_their_own_rows() -> None:
     def papers(task: ImageNetTask) -> list[str | None]:
         results = [Result("none", None, (0.7,)), Result("dropout", 0.1, (0.7,)), Result("autodropout", 1.0, (0.7,))]
-        return [row.paper for row in script._report(task, results)[1]]
+        return [row.paper for row in report(task, results)[1]]
 
     crop = "resized_crop_flip"
     assert papers(task_of("resnet50", crop)) == ["76.5", None, "78.7"]
@@ -208,9 +209,7 @@ def test_the_papers_numbers_stand_beside_their_own_rows() -> None:
     assert papers(task_of("efficientnet_b0", crop)) == [None, None, "77.5"]
     b7 = task_of("efficientnet_b7", crop)
     assert papers(b7) == ["84.1", None, "84.7"]
-    assert any(
-        "dropout 0.5, stochastic depth" in note for note in script._report(b7, [Result("none", None, (0.7,))])[2]
-    )
+    assert any("dropout 0.5, stochastic depth" in note for note in report(b7, [Result("none", None, (0.7,))])[2])
     # Not beside models of the proxy's images, nor of other data.
     proxy = ImageNetTask(dataclasses.replace(b7.settings, final_on_all=False), b7.data)
     assert papers(proxy) == [None] * 3

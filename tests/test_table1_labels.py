@@ -19,9 +19,14 @@ from autodropout.reproduce import table1_imagenet as script
 from autodropout.reproduce.experiment import Job
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.imagenet_data import Images
+from autodropout.reproduce.imagenet_presets import IMAGENET_TRAIN
+from autodropout.reproduce.imagenet_presets import LABEL_RECIPE
+from autodropout.reproduce.imagenet_report import uda_report
 from autodropout.reproduce.imagenet_task import network_policy
 from autodropout.reproduce.imagenet_uda_task import ImageNetUdaTask
+from autodropout.reproduce.imagenet_uda_task import label_count
 from autodropout.reproduce.methods import OFF
+from autodropout.reproduce.models.imagenet import DEMO
 from autodropout.reproduce.uda_task import METHODS
 from autodropout.reproduce.uda_task import STRENGTHS
 
@@ -122,7 +127,7 @@ def test_what_determines_a_model_is_in_its_key(monkeypatch: pytest.MonkeyPatch) 
     task, hand = tasks[0], load_policy("hand-v0")
     assert task.policy("uda", 1.0) == task.policy("supervised", 1.0) == OFF
     for pattern, strength in (("autodropout", 1.5), ("dropout", 0.1)):
-        expected = network_policy(script.DEMO, pattern, strength, task.data.block_size, hand)
+        expected = network_policy(DEMO, pattern, strength, task.data.block_size, hand)
         assert task.policy(f"uda+{pattern}", strength) == expected
 
 
@@ -137,13 +142,13 @@ def test_the_papers_number_stands_beside_its_own_experiment_alone(monkeypatch: p
         settings = dataclasses.replace(digits.settings, recipe=recipe, final_on_all=final_on_all)
         of_imagenet = {"title": "ImageNet (parquet)", "classes": 1000}
         task = ImageNetUdaTask(settings, dataclasses.replace(digits.data, **{**of_imagenet, **data}), share)  # type: ignore[arg-type]
-        return [row.paper for row in script._uda_report(task, results)[1]]
+        return [row.paper for row in uda_report(task, results)[1]]
 
     assert shown() == [None, "72.9"]
     for other in (
         {"share": 0.2},
         {"final_on_all": False},
-        {"model": script.DEMO},
+        {"model": DEMO},
         {"title": "digits"},
         {"classes": 10},
     ):
@@ -151,10 +156,10 @@ def test_the_papers_number_stands_beside_its_own_experiment_alone(monkeypatch: p
 
 
 def test_settings_of_udas_paper() -> None:
-    recipe = script.LABEL_RECIPE
+    recipe = LABEL_RECIPE
     assert (recipe.model, recipe.temperature, recipe.confidence) == ("resnet50", 0.4, 0.5)
     assert (recipe.batch_size, recipe.unlabelled_batch, recipe.learning_rate) == (512, 15_360, 0.3)
-    unlabelled = script.IMAGENET_TRAIN - script.label_count(0.1, script.IMAGENET_TRAIN)
+    unlabelled = IMAGENET_TRAIN - label_count(0.1, IMAGENET_TRAIN)
     assert recipe.epochs * (unlabelled // recipe.unlabelled_batch) == pytest.approx(40_000, rel=1e-3)
 
 
