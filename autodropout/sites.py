@@ -288,4 +288,4 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in values:
                     if not buffer.is_meta and not torch.equal(buffer, value):
-                        buffer.copy_(value)
+                        buffer.resize_(value.shape).copy_(value)  # observers of quantisation have no size yet
