@@ -34,7 +34,9 @@ from autodropout.masked import SiteDropout
 from autodropout.policy import TOKEN_PLACES
 
 POLICY = everywhere(PATTERN, TOKEN_PLACES)
-NAMES = ("gpt2", "bert", "llama", "vit")
+NAMES = ("gpt2", "bert", "llama", "vit", "encoder", "swin")
+BLOCKS = {"vit": "blocks", "encoder": "layers", "swin": "features.1"}
+SHARDED = ("GPT2Block", "BertLayer", "LlamaDecoderLayer", "Block", "TransformerEncoderLayer", "SwinTransformerBlockV2")
 RANKS = 2
 
 
@@ -64,14 +66,17 @@ def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointed_blocks_draw_their_masks_again(name: str, reentrant: bool) -> None:
-    model, inputs = masked(name), MODELS[name][1]
+    model, inputs = masked(name), copy.deepcopy(MODELS[name][1])
     expected = step(model, inputs)
-    if name == "vit":
+    if name in BLOCKS:
         checkpoint = torch.utils.checkpoint.checkpoint
-        for block in model.blocks:  # type: ignore[union-attr]
-            block.forward = lambda x, inner=block.forward, **_: checkpoint(inner, x, use_reentrant=reentrant)
+        for block in model.get_submodule(BLOCKS[name]):  # type: ignore[attr-defined]
+            # Reentrant checkpoints have gradients only where an input has.
+            block.forward = lambda x, inner=block.forward, **_: checkpoint(
+                inner, x if x.requires_grad else x.requires_grad_(), use_reentrant=reentrant
+            )
     else:
-        enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its later name
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
     assert all_equal(step(model, inputs), expected)
     assert not all_equal(step(model, inputs, seed=3), expected)
@@ -126,7 +131,7 @@ def work(rank: int, folder: str) -> None:
         sharded = masked(name)
         mesh = init_device_mesh("cpu", (RANKS,))
         for module in [*sharded.modules()][::-1]:
-            if type(module).__name__ in ("GPT2Block", "BertLayer", "LlamaDecoderLayer", "Block"):
+            if type(module).__name__ in SHARDED:
                 fully_shard(module, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
         seen["fsdp", name] = step(sharded, inputs)

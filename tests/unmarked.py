@@ -1,5 +1,5 @@
-"""Models of `transformers` and timm that do not mark their places: tiny, with random weights, without dropout of their
-own; and what they are called with.
+"""Models of `transformers`, timm, torchvision and PyTorch that do not mark their places, tiny, with random weights and
+without dropout of their own; and what they are called with.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 import transformers
 from torch import nn
+from torchvision.models.swin_transformer import SwinTransformerBlockV2
 
 from autodropout import Pattern
 from autodropout import Policy
@@ -68,12 +70,24 @@ def vit(attention: str = "sdpa") -> nn.Module:
     return model
 
 
+def encoder(attention: str = "sdpa") -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 2)
+
+
+def swin(attention: str = "sdpa") -> nn.Module:
+    return torchvision.models.SwinTransformer(
+        [4, 4], 16, [2], [2], [4, 4], stochastic_depth_prob=0.0, num_classes=10, block=SwinTransformerBlockV2
+    )
+
+
 WORDS = {"input_ids": IDS}
 MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "gpt2": (gpt2, WORDS),
     "bert": (bert, {**WORDS, "attention_mask": SEEN}),
     "llama": (llama, WORDS),
     "t5": (t5, {**WORDS, "decoder_input_ids": IDS[:, :5]}),
+    "encoder": (encoder, {"src": torch.linspace(-1, 1, 2 * 7 * 32).view(2, 7, 32).sin()}),
+    "swin": (swin, {"x": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}),
     "vit": (vit, {"x": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}),
 }
 
