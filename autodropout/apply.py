@@ -31,8 +31,8 @@ from .policy import Site
 from .sites import Example
 from .sites import Map
 from .sites import ModelSite
+from .sites import layout_at
 from .sites import sites_by_place
-from .sites import spot_layout
 from .sites import uncompiled
 
 MAX_RATE = 0.95
@@ -192,7 +192,7 @@ def check_kind(site: Site) -> None:
 def _check_layout(module: nn.Module, site: ModelSite, pattern: Pattern) -> None:
     """A decision of a sample is one of the first dimension, which has the tokens where time comes first."""
     samples = isinstance(pattern, BernoulliPattern) and pattern.shared == "sample"
-    layout = module.layout if isinstance(module, PatternSite) else spot_layout(module)
+    layout = module.layout if isinstance(module, PatternSite) else layout_at(site.spot, module)
     if samples and layout == "TNC":
         raise ValueError(f"shared must be 'none' where the layout is 'TNC', got 'sample' at {site.name!r}")
 
@@ -253,9 +253,9 @@ def _mask_output(module: nn.Module, pattern: Pattern) -> None:
 
 
 def _mask_spot(module: nn.Module, spot: Spot, pattern: Pattern) -> None:
-    layout = "NHQK" if spot.where == "softmax" else spot_layout(module)
-    dropout = SiteDropout(pattern, layout=layout).train(module.training)
-    dropout.part, dropout.parts = spot.part, spot.parts
+    dropout = SiteDropout(pattern, layout=layout_at(spot, module)).train(module.training)
+    dropout.place, dropout.layout_of_parts = spot.place, spot.layout
+    dropout.inside, dropout.matrix = spot.where == "inside", spot.matrix
     module.add_module(f"{CHILD}_{spot.place}", dropout)
     if not isinstance(module, MaskedLayer):
         module.__class__ = masked_class(type(module), MaskedLayer)

@@ -1,7 +1,8 @@
-"""Finds the softmax inside an attention whose code is not ours, and puts a pattern on its weights.
+"""Finds the softmax and the projections inside an attention whose code is not ours, and puts patterns on them.
 
-While a mode of this file is entered, `scaled_dot_product_attention` and every `softmax` over the last dimension of
-scores (..., H, Q, K) call its methods. Attention by other means (FlashAttention's package, FlexAttention) is not seen.
+While a mode of this file is entered, `scaled_dot_product_attention`, every `softmax` over the last dimension of scores
+(..., H, Q, K), `linear` and `multi_head_attention_forward` call its methods. Attention by other means (FlashAttention's
+package, FlexAttention) is not seen.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .multihead import Inside
+from .multihead import multi_head_attention
+
 SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
 
 
 class AttentionWeights(TorchFunctionMode):
-    """Calls `softmax` and `attention` in place of PyTorch's functions; as they are here, they do the same."""
+    """Calls its methods in place of PyTorch's functions; as they are here, they do the same."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -28,6 +32,10 @@ class AttentionWeights(TorchFunctionMode):
             return self.attention(*args, **kwargs)
         if func in SOFTMAXES:
             return self._softmax(func, *args, **kwargs)
+        if func is F.linear:
+            return self.linear(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return multi_head_attention(Inside(self.projected, self.softmax, self.attention), *args, **kwargs)
         return func(*args, **kwargs)
 
     def _softmax(
@@ -53,39 +61,86 @@ class AttentionWeights(TorchFunctionMode):
         y: Tensor = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
         return y
 
+    def projected(self, place: str, x: Tensor) -> Tensor:
+        """A projection (T, N, C) of `multi_head_attention_forward`, "query", "key" or "value"."""
+        return x
 
-class KeyCounter(AttentionWeights):
-    """Reports how many keys every attention has."""
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As `linear`."""
+        return F.linear(input, weight, bias)
 
-    def __init__(self, report: Callable[[int], None]) -> None:
+
+class Listener(AttentionWeights):
+    """Reports what an attention does inside.
+
+    Args:
+        seen: gets "query", "key" or "value" and how many tokens `multi_head_attention_forward` projected; "softmax" and
+            how many keys there are.
+        applied: gets every weight that is given to `linear`, and how many tokens came out.
+    """
+
+    def __init__(self, seen: Callable[[str, int], None], applied: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
-        self.report = report
+        self.seen, self.applied = seen, applied
 
     def softmax(self, scores: Tensor) -> Tensor:
-        self.report(scores.shape[-1])
+        self.seen("softmax", scores.shape[-1])
         return super().softmax(scores)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.report(key.shape[-2])
+        self.seen("softmax", key.shape[-2])
         return super().attention(query, key, value, *args, **kwargs)
 
+    def projected(self, place: str, x: Tensor) -> Tensor:
+        self.seen(place, x.shape[0])
+        return x
 
-class DroppedWeights(AttentionWeights):
-    """Puts a pattern on the weights.
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = super().linear(input, weight, bias)
+        self.applied(weight, y)
+        return y
+
+
+class Dropped(AttentionWeights):
+    """Puts patterns on what an attention makes inside.
 
     Args:
-        on_scores: from scores (N, H, Q, K) to dropped weights.
+        weights: from scores (N, H, Q, K) to dropped weights; None leaves them alone.
         fused: from query, key, value (N, H, T, D), and `causal` and `scale` by name, to the attention with dropped
             weights, or None.
+        projections: by place, from a projection (N, T, C) of `multi_head_attention_forward` to the dropped one.
+        applied: weights that are given to `linear`, and what becomes of its output.
     """
 
-    def __init__(self, on_scores: Callable[[Tensor], Tensor], fused: Callable[..., Tensor] | None) -> None:
+    def __init__(
+        self,
+        weights: Callable[[Tensor], Tensor] | None,
+        fused: Callable[..., Tensor] | None,
+        projections: dict[str, Callable[[Tensor], Tensor]],
+        applied: list[tuple[str, object, Callable[[Tensor], Tensor]]],
+    ) -> None:
         super().__init__()
-        self.on_scores, self.fused = on_scores, fused
-        self.found = False
+        self.on_scores, self.fused, self.projections, self.applied = weights, fused, projections, applied
+        self.missing = {*projections, *(name for name, _, _ in applied), *(() if weights is None else ("softmax",))}
+
+    def projected(self, place: str, x: Tensor) -> Tensor:
+        if place not in self.projections:
+            return x
+        self.missing.discard(place)
+        return self.projections[place](x.transpose(0, 1)).transpose(0, 1)
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = super().linear(input, weight, bias)
+        for name, other, drop in self.applied:
+            if other is weight:
+                self.missing.discard(name)
+                return drop(y)
+        return y
 
     def softmax(self, scores: Tensor) -> Tensor:
-        self.found = True
+        if self.on_scores is None:
+            return super().softmax(scores)
+        self.missing.discard("softmax")
         # More dimensions in front (windows of an image, for example) are all samples; without heads there is one.
         return self.on_scores(scores.reshape(-1, *scores.shape[-3:]) if scores.dim() > 3 else scores[:, None]).view_as(
             scores
@@ -102,7 +157,11 @@ class DroppedWeights(AttentionWeights):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        self.found = True
+        if self.on_scores is None:
+            return super().attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        self.missing.discard("softmax")
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)

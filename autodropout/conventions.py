@@ -12,12 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .nn import PatternSite
 from .patterns.checks import choice
 from .policy import LAYER_PLACES
+from .qkv_layouts import KEY_AND_VALUE
+from .qkv_layouts import KNOWN
+from .qkv_layouts import Layout
+from .qkv_layouts import QkvLayout
 
 PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -27,8 +32,11 @@ PROJECTIONS = (
     ("query_proj", "key_proj", "value_proj"),
     ("to_q", "to_k", "to_v"),
 )
-# One matrix whose output is query, key and value, one after the other. Not `query_key_value`: there heads come first.
+# One matrix whose output is query, key and value, equal parts one after the other, where qkv_layouts.py does not say
+# another order. Not `query_key_value`: there heads come first.
 FUSED = ("c_attn", "qkv", "Wqkv")
+# A matrix for the query, and one whose output is key and value.
+FUSED_PAIRS = (("q_attn", "c_attn"), ("q", "kv"))
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "proj", "o", "out_lin", "Wo", "dense")
 # The hidden layer is what goes into the second; its output is added to the residual stream.
 FEED_FORWARD = (
@@ -67,15 +75,17 @@ class Spot:
     Args:
         place: one of `LAYER_PLACES`.
         target: path of a module.
-        where: "output" or "input" of that module, or "softmax", the attention weights inside it.
-        part, parts: the tensor is this one of so many equal parts of the last dimension.
+        where: "output" or "input" of that module; or "inside" it: the attention weights, or what
+            `multi_head_attention_forward` projects.
+        layout: of that tensor, if the place is only a part of it.
+        matrix: inside, the path in the target of a module that it does not call, but whose weight it gives to `linear`.
     """
 
     place: str
     target: str
     where: str = "output"
-    part: int = 0
-    parts: int = 1
+    layout: QkvLayout | None = None
+    matrix: str | None = None
 
     @property
     def name(self) -> str:
@@ -84,32 +94,39 @@ class Spot:
 
 
 _REGISTERED: dict[tuple[str, str], dict[str, str]] = {
-    ("torchvision.ops.misc", "MLP"): {"feed_forward": "3", "residual": "3"},
-    ("torch.nn.modules.activation", "MultiheadAttention"): {"output": ""},
+    ("torchvision.ops.misc", "MLP"): {"feed_forward": "3", "residual": "3"}
 }
+_LAYOUTS: dict[tuple[str, str], Layout] = {}  # of the "qkv" of registered classes
 
 
-def register_places(kind: type[nn.Module], **paths: str) -> None:
+def register_places(kind: type[nn.Module], layout: Layout | None = None, **paths: str) -> None:
     """Says where the places of a layer are in a class of modules, and its subclasses, whatever the names.
 
     Example: `register_places(MyAttention, qkv="to_qkv", softmax="", output="to_out.0")`.
 
     Args:
         kind: the class.
+        layout: from a module of that class to the `QkvLayout` of "qkv". None: equal parts, query, key and value in that
+            order. Example: `lambda module: QkvLayout(groups=module.heads)` where heads come first.
         **paths: by place, the path of a module inside it, "" for itself. Its output is the place's tensor, (N, T, C) or
             (N, H, W, C); for "feed_forward" its input is, and for "softmax" the weights that it computes by
-            `scaled_dot_product_attention` or `softmax`. "qkv" is query, key and value, equal parts in that order.
+            `scaled_dot_product_attention` or `softmax`. "qkv" is query, key and value in one tensor.
 
     Raises:
-        TypeError: `kind` is no class of modules, or a path no string.
-        ValueError: an unknown place.
+        TypeError: `kind` is no class of modules, a path no string, or `layout` no function.
+        ValueError: an unknown place; a layout without "qkv".
     """
     _check_kind(kind)
+    if layout is not None and not callable(layout):
+        raise TypeError(f"layout must be a function from the module to a QkvLayout, got {layout!r}")
+    if layout is not None and "qkv" not in paths:
+        raise ValueError(f"layout must be None without a path of 'qkv', got {layout!r}")
     for place, path in paths.items():
         choice("place", place, (*LAYER_PLACES, "qkv"))
         if not isinstance(path, str):
             raise TypeError(f"{place} must be the path of a module, got {path!r}")
     _REGISTERED[kind.__module__, kind.__qualname__] = dict(paths)
+    _LAYOUTS[kind.__module__, kind.__qualname__] = layout or (lambda _module: QkvLayout())
 
 
 def register_residual_block(kind: type[nn.Module], skip: str) -> None:
@@ -145,11 +162,16 @@ def find_spots(model: nn.Module) -> Iterator[Spot]:
         return
     for path, module in modules.items():
         children = {name for name, child in module.named_children() if not _convolves(child)}
-        registered = _registered(module)
+        registered = _by_class(module, _REGISTERED)
         if registered is not None:
-            yield from _said(path, registered)
+            yield from _said(path, module, registered)
             continue
-        yield from _attention(path, children)
+        if isinstance(module, nn.MultiheadAttention):
+            for place in ("query", "key", "value", "softmax"):
+                yield Spot(place, path, "inside")
+            yield Spot("output", path)
+            continue
+        yield from _attention(path, module, children)
         for first, second in FEED_FORWARD:
             if {first, second} <= children:
                 target = _joined(path, second)
@@ -166,41 +188,58 @@ def find_spots(model: nn.Module) -> Iterator[Spot]:
                 yield Spot(place, target)
 
 
-def _attention(path: str, children: set[str]) -> Iterator[Spot]:
-    separate = next((names for names in PROJECTIONS if set(names) <= children), None)
-    fused = next((name for name in FUSED if name in children), None)
-    if separate is not None:
-        for place, name in zip(("query", "key", "value"), separate, strict=True):
-            yield Spot(place, _joined(path, name))
-    elif fused is not None and "q_attn" in children:  # GPT-2's attention to another sequence
-        yield Spot("query", _joined(path, "q_attn"))
-        yield Spot("key", _joined(path, fused), part=0, parts=2)
-        yield Spot("value", _joined(path, fused), part=1, parts=2)
-    elif fused is not None:
-        for part, place in enumerate(("query", "key", "value")):
-            yield Spot(place, _joined(path, fused), part=part, parts=3)
-    else:
+def _attention(path: str, module: nn.Module, children: set[str]) -> Iterator[Spot]:
+    """Whether a projection is called, or its weight given to `linear`, only a run shows: both are promised."""
+    projections = _projections(module, children)
+    if not projections:
         return
-    yield Spot("softmax", path, "softmax")
     output = next((name for name in OUTPUTS if name in children), None)
     if output is not None:
-        yield Spot("output", _joined(path, output))
+        projections.append(("output", output, None))
+    for place, child, layout in projections:
+        yield Spot(place, _joined(path, child), layout=layout)
+        yield Spot(place, path, "inside", layout, child)
+    yield Spot("softmax", path, "inside")
 
 
-def _said(path: str, registered: dict[str, str]) -> Iterator[Spot]:
+def _projections(module: nn.Module, children: set[str]) -> list[tuple[str, str, QkvLayout | None]]:
+    """Place, child and layout of those of an attention; empty if it is none."""
+    known = _by_class(module, KNOWN)
+    separate = next((names for names in PROJECTIONS if set(names) <= children), None)
+    pair = next((names for names in FUSED_PAIRS if set(names) <= children), None)
+    fused = next((name for name in FUSED if name in children), None)
+    query = pair[0] if pair is not None else None
+    layout: QkvLayout | None
+    if known is not None and known[0] in children:
+        fused, layout = known[0], known[1](module)
+    elif separate is not None:
+        return [(place, name, None) for place, name in zip(("query", "key", "value"), separate, strict=True)]
+    elif pair is not None:
+        fused, layout = pair[1], KEY_AND_VALUE
+    else:
+        layout = QkvLayout()
+    if fused is None or layout is None:
+        return []
+    alone = [("query", query, None)] if query is not None and "query" not in layout.places else []
+    return [*alone, *((place, fused, layout) for place in layout.places)]
+
+
+def _said(path: str, module: nn.Module, registered: dict[str, str]) -> Iterator[Spot]:
     for place, child in registered.items():
         target = _joined(path, child)
         if place == "qkv":
-            for part, name in enumerate(("query", "key", "value")):
-                yield Spot(name, target, part=part, parts=3)
+            layout = _by_class(module, _LAYOUTS)(module)
+            for name in layout.places:
+                yield Spot(name, target, layout=layout)
         else:
-            yield Spot(place, target, {"softmax": "softmax", "feed_forward": "input"}.get(place, "output"))
+            yield Spot(place, target, {"softmax": "inside", "feed_forward": "input"}.get(place, "output"))
 
 
-def _registered(module: nn.Module) -> dict[str, str] | None:
+def _by_class(module: nn.Module, table: dict[tuple[str, str], Any]) -> Any:
+    """What a table says of the class of a module, or of the nearest of its bases; None if nothing."""
     for kind in type(module).__mro__:
-        if (kind.__module__, kind.__qualname__) in _REGISTERED:
-            return _REGISTERED[kind.__module__, kind.__qualname__]
+        if (kind.__module__, kind.__qualname__) in table:
+            return table[kind.__module__, kind.__qualname__]
     return None
 
 

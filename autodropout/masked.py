@@ -6,27 +6,32 @@ Each gets a child `pattern_dropout` (or one for each of its places, named after 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .attention_weights import DroppedWeights
+from .attention_weights import Dropped
 from .kernels import softmax_token_dropout
 from .kernels import token_attention
 from .nn import PatternDropout
 from .nn import SoftmaxSite
 from .patterns import TokenPattern
+from .policy import TOKEN_PLACES
+from .qkv_layouts import QkvLayout
 
 CHILD = "pattern_dropout"
-OUTPUT_PLACES = ("query", "key", "value", "output", "residual")  # of a `MaskedLayer`, what it returns
 
 
 class SiteDropout(PatternDropout):
     """The `PatternDropout` of a site, which remembers how to take it off again."""
 
     was_child: bool = False  # it stands for a None among the children of its block, rather than among the attributes
-    part, parts = 0, 1  # of the last dimension, see `Spot`
+    place: str | None = None
+    layout_of_parts: QkvLayout | None = None  # of the tensor of which the place is a part, see `Spot`
+    matrix: str | None = None  # likewise: whose weight makes the tensor inside
+    inside: bool = False
 
     def _get_name(self) -> str:
         return "PatternDropout"
@@ -80,24 +85,45 @@ class MaskedLayer(MaskedModule):
     """A module of a Transformer that does not mark its places: it may have several, each a child named after it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden, weights = self._at("feed_forward"), self._at("softmax")
+        hidden = self._at("feed_forward")
         if hidden is not None:
             args = (_dropped([hidden], args[0]), *args[1:])
-        if weights is not None and weights.training:
-            mode = DroppedWeights(weights.on_scores, weights.fused if weights.of_tokens else None)
+        dropouts = [dropout for dropout in map(self._at, TOKEN_PLACES) if dropout is not None]
+        inside = [dropout for dropout in dropouts if dropout.inside and dropout.training]
+        if inside:
+            mode = self._mode(inside)
             with mode:
                 y = super(MaskedModule, self).forward(*args, **kwargs)
-            if not mode.found:
-                raise RuntimeError(
-                    f"{type(self).__name__} must compute its attention by scaled_dot_product_attention or softmax for "
-                    "a pattern on its weights, but called neither"
-                )
+            if mode.missing:
+                raise RuntimeError(_refusal(type(self).__name__, sorted(mode.missing)[0]))
         else:
             y = super(MaskedModule, self).forward(*args, **kwargs)
-        return _dropped([dropout for dropout in map(self._at, OUTPUT_PLACES) if dropout is not None], y)
+        return _dropped([dropout for dropout in dropouts if not dropout.inside], y)
 
     def _at(self, place: str) -> SiteDropout | None:
         return getattr(self, f"{CHILD}_{place}", None)
+
+    def _mode(self, inside: list[SiteDropout]) -> Dropped:
+        weights = next((dropout for dropout in inside if dropout.place == "softmax"), None)
+        return Dropped(
+            None if weights is None else weights.on_scores,
+            weights.fused if weights is not None and weights.of_tokens else None,
+            {str(d.place): d for d in inside if d.matrix is None and d is not weights},
+            [
+                (name, self.get_submodule(name).weight, partial(_dropped, [d for d in inside if d.matrix == name]))
+                for name in dict.fromkeys(d.matrix for d in inside)
+                if name is not None
+            ],
+        )
+
+
+def _refusal(name: str, missing: str) -> str:
+    if missing == "softmax":
+        return (
+            f"{name} must compute its attention by scaled_dot_product_attention or softmax for a pattern on its "
+            "weights, but called neither"
+        )
+    return f"{name} must project by the function that the example saw for a pattern on {missing!r}, but did not call it"
 
 
 def _dropped(dropouts: list[SiteDropout], x: Any) -> Any:
@@ -107,10 +133,17 @@ def _dropped(dropouts: list[SiteDropout], x: Any) -> Any:
         return x
     if isinstance(x, tuple):
         return (_dropped(active, x[0]), *x[1:])
-    pieces = list((x.flatten(1, 2) if x.dim() == 4 else x).chunk(active[0].parts, -1))
+    tokens = x.flatten(1, 2) if x.dim() == 4 else x
+    layout = active[0].layout_of_parts
+    if layout is None:
+        for dropout in active:
+            tokens = dropout(tokens)
+        return tokens.view_as(x)
+    parts = layout.split(tokens)
     for dropout in active:
-        pieces[dropout.part] = dropout(pieces[dropout.part])
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)).view_as(x)
+        part = layout.places.index(str(dropout.place))
+        parts[part] = dropout(parts[part])
+    return layout.join(parts).view_as(x)
 
 
 class MaskedSoftmax(MaskedModule):

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from .attention_weights import KeyCounter
+from .attention_weights import Listener
 from .conventions import Spot
 from .conventions import find_spots
 from .conventions import skip_child
@@ -204,35 +204,50 @@ def _trace(
 ) -> dict[str, tuple[Size, ...]]:
     """The sizes seen by each candidate and each spot, in the order in which they first ran."""
     seen: dict[str, tuple[Size, ...]] = {}
-    attentions: list[str] = []  # that are running, the innermost last
+    running: list[str] = []  # targets of spots, the innermost last
+    inside = {(s.target, s.place): name for name, s in spots.items() if s.where == "inside" and s.matrix is None}
+    given = {name: s for name, s in spots.items() if s.matrix is not None}
 
     def record(name: str, size: Size | None) -> None:
         if size is not None:
             before = seen.setdefault(name, ())
             seen[name] = before if size in before else (*before, size)
 
-    def record_keys(keys: int) -> None:
-        if attentions:
-            record(attentions[-1], keys)
+    def record_inside(place: str, tokens: int) -> None:
+        target = next((target for target in reversed(running) if (target, place) in inside), None)
+        if target is not None:
+            record(inside[target, place], tokens)
+
+    def record_given(weight: Tensor, y: Tensor) -> None:
+        for name, spot in given.items():
+            if running[-1:] == [spot.target] and spot_weight(model, spot) is weight:
+                record(name, _tokens("NTC", y))
 
     def watch(name: str, module: nn.Module) -> list[Any]:
         return [module.register_forward_hook(lambda _module, _args, y: record(name, _size(module, y)))]
 
-    def watch_spot(spot: Spot, module: nn.Module) -> list[Any]:
-        if spot.where == "input":
-            return [module.register_forward_pre_hook(lambda _module, args: record(spot.name, _tokens(module, *args)))]
-        if spot.where == "output":
-            return [module.register_forward_hook(lambda _module, _args, y: record(spot.name, _tokens(module, y)))]
+    def watch_target(target: str, module: nn.Module) -> list[Any]:
         return [
-            module.register_forward_pre_hook(lambda _module, _args: attentions.append(spot.name)),
-            module.register_forward_hook(lambda _module, _args, _y: attentions.remove(spot.name), always_call=True),
+            module.register_forward_pre_hook(lambda _module, _args: running.append(target)),
+            module.register_forward_hook(lambda _module, _args, _y: running.remove(target), always_call=True),
         ]
+
+    def watch_spot(spot: Spot, module: nn.Module) -> list[Any]:
+        layout = layout_at(spot, module)
+        if spot.where == "input":
+            return [module.register_forward_pre_hook(lambda _module, args: record(spot.name, _tokens(layout, *args)))]
+        if spot.where == "output":
+            return [module.register_forward_hook(lambda _module, _args, y: record(spot.name, _tokens(layout, y)))]
+        return []
 
     handles = [handle for name, module in candidates.items() for handle in watch(name, module)]
     handles += [handle for spot in spots.values() for handle in watch_spot(spot, model.get_submodule(spot.target))]
+    for target in dict.fromkeys(spot.target for spot in spots.values()):
+        handles += watch_target(target, model.get_submodule(target))
     try:
         # Compiled parts run as they were written: Dynamo would compile them for the sake of hooks that do not stay.
-        with _untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), KeyCounter(record_keys):
+        listener = Listener(record_inside, record_given)
+        with _untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), listener:
             if isinstance(example, Mapping):
                 model(**example)
             elif isinstance(example, tuple):
@@ -254,18 +269,25 @@ def _size(module: nn.Module, output: object) -> Size | None:
     return (output.shape[1], output.shape[2], output.shape[3]) if output.dim() == 4 else None
 
 
-def _tokens(module: nn.Module, *tensors: object) -> int | None:
+def _tokens(layout: str, *tensors: object) -> int | None:
     """How many tokens a spot's tensor has, the first of these: (N, T, C), or (N, H, W, C), whose cells are tokens."""
     x = tensors[0] if tensors else None
     x = x[0] if isinstance(x, tuple) and x else x
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
         return None
-    return x.shape[TOKENS[spot_layout(module)]] if x.dim() == 3 else x.shape[1] * x.shape[2]
+    return x.shape[TOKENS[layout]] if x.dim() == 3 else x.shape[1] * x.shape[2]
 
 
-def spot_layout(module: nn.Module) -> str:
-    """Of the output of a module that is a spot."""
+def layout_at(spot: Spot | None, module: nn.Module) -> str:
+    """Of the tensor at a spot of a module."""
+    if spot is not None and spot.where == "inside":
+        return "NHQK" if spot.place == "softmax" else "NTC"
     return "TNC" if isinstance(module, nn.MultiheadAttention) and not module.batch_first else "NTC"
+
+
+def spot_weight(model: nn.Module, spot: Spot) -> object:
+    """What the target of a spot gives to `linear`."""
+    return getattr(model.get_submodule(spot.target).get_submodule(str(spot.matrix)), "weight", None)
 
 
 @contextmanager
@@ -288,4 +310,4 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in values:
                     if not buffer.is_meta and not torch.equal(buffer, value):
-                        buffer.copy_(value)
+                        buffer.resize_(value.shape).copy_(value)  # observers of quantisation have no size yet

@@ -60,10 +60,7 @@ TINY = {
 
 MAPS = ("batch_norm",)
 ALL = TOKEN_PLACES
-WEIGHTS_ON = ("softmax", "output", "residual")
 RESIDUAL = ("residual",)
-HEADS_FIRST = "query, key and value are one matrix in which heads come first"
-OWN_FUNCTION = "projections are applied by functions, not by calling their modules"
 NO_NORM = "no batch normalisation, and no Transformer's layer of known names"
 # By library: name -> places, and why not all of them.
 MODELS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
@@ -81,8 +78,9 @@ MODELS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
         (MAPS, ""),
     )
     | {
-        "swin_v2_t": (("softmax", "residual"), OWN_FUNCTION),
-        "vit_b_16": (("output", "residual"), "nn.MultiheadAttention shows no more than its output"),
+        "swin_t": (ALL, ""),
+        "swin_v2_t": (ALL, ""),
+        "vit_b_16": (ALL, ""),
     },
     "timm": dict.fromkeys(
         [
@@ -112,10 +110,14 @@ MODELS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
         "edgenext_xx_small": (ALL, "its convolutional blocks have the residual place alone"),
         "convit_tiny": (ALL, "its gated attentions have the residual place alone"),
         "levit_128s": ((*MAPS, *ALL[:-1]), "its feed-forward parts have names of their own"),
-        "eva02_tiny_patch14_224": (WEIGHTS_ON, OWN_FUNCTION),
+        "eva02_tiny_patch14_224": (ALL, ""),
+        "beit_base_patch16_224": (ALL, ""),
+        "swinv2_cr_tiny_ns_224": (ALL, ""),
+        "tiny_vit_5m_224": ((*MAPS, *ALL), ""),
+        "twins_pcpvt_small": (ALL, ""),
         "mixer_s32_224": (RESIDUAL, "no attention"),
         "gmlp_ti16_224": (RESIDUAL, "no attention"),
-        "pvt_v2_b0": (RESIDUAL, "key and value are one matrix"),
+        "pvt_v2_b0": (ALL, ""),
     },
     "transformers": dict.fromkeys(
         [
@@ -149,16 +151,19 @@ MODELS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
             "CLIPVisionModel",
             "Dinov2Model",
             "SiglipVisionModel",
+            "Phi3Model",
+            "GPTNeoXModel",
+            "BloomModel",
+            "FalconModel",
+            "PersimmonModel",
+            "CodeGenModel",
+            "GPTBigCodeModel",
         ],
         (ALL, ""),
     )
     | {
         "OPTModel": (ALL[:-1], "its feed-forward parts see samples and tokens as one dimension"),
         "MixtralModel": (ALL[:-1], "its experts are one module"),
-        "Phi3Model": (RESIDUAL, "query, key and value are one matrix of unequal parts"),
-        "GPTNeoXModel": (RESIDUAL, HEADS_FIRST),
-        "BloomModel": (RESIDUAL, HEADS_FIRST),
-        "FalconModel": (RESIDUAL, HEADS_FIRST),
     },
 }
 REFUSED: dict[str, dict[str, str]] = {
@@ -224,6 +229,8 @@ def page() -> str:
         families work alike; `autodropout sites timm:NAME` lists what a model has.""",
         f"""Places: {places_of_all}. A policy for places that a model lacks is refused by `apply_policy`; `Policy.fit`
         leaves them out and says so. With `register_places` the places of a class of your own are said in a line.""",
+        """How one matrix is divided among query, key and value is known class by class (autodropout/qkv_layouts.py), or
+        the matrix has a name that means equal thirds; `nn.MultiheadAttention` is taken over while it trains.""",
         """Places are found by the names of modules, and names do not say everything: attention over something else than
         tokens (XCiT: channels; Longformer: a window around each query) gets the pattern along that dimension.""",
     )
