@@ -30,7 +30,6 @@ from .atlas import atlas_of
 from .checks import check_maps
 from .checks import check_real
 from .masking import compute_type
-from .pages import empty_like
 from .placements import place
 from .seeds import Seed
 from .tiled import HAS_TRITON
@@ -166,7 +165,7 @@ def _joined(whole: torch.Tensor | None, x: torch.Tensor, group: slice, part: tor
         like = torch.empty_like(x, device="meta")
         if part.dtype == x.dtype and part.shape == x.shape and part.stride() == like.stride():
             return part
-        whole = empty_like(x)
+        whole = torch.empty_like(x)
     whole[:, group] = part
     return whole
 
@@ -256,7 +255,7 @@ def _backward(
     for group in _groups(x):
         part, of_group = _part(x, group), (weight[group], bias[group], mean[group], rstd[group])
         for finite in (True, False):
-            g = empty_like(part)
+            g = torch.empty_like(part)
             for block in _blocks(part):
                 _gradient_of_bn(g[block], grad[block, group], part[block], *of_group)
                 mask.multiply_(g[block], block, group, finite)

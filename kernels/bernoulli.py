@@ -204,7 +204,7 @@ def _apply(
 
         with torch.cuda.device(x.device):
             return bernoulli_triton.apply(x, shared, threshold_of(rate), seed, scale, rank)
-    y = empty_like(x)
+    y = empty_like(x) if shared else torch.empty_like(x)
     for box, dropped in _dropped(x.shape, rate, seed, shared, rank):
         _write(y[box], x[box], scale, dropped)
     return y

@@ -3,6 +3,9 @@
 A new tensor of some megabytes is memory that the system has yet to give: page by page, each zeroed and entered at the
 first write. With pages of 4 KiB that takes longer than the product itself (docs/cpu-speed.md), with pages of 2 MiB,
 for which Linux lets programs ask, far less. NumPy asks for its arrays, PyTorch does not by default.
+
+For ops that memory bounds. Where arithmetic takes longer there is little to gain, and something to lose on a virtual
+machine that hands free memory back to its host, which then has to give every huge page anew.
 """
 
 from __future__ import annotations

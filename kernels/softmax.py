@@ -27,7 +27,6 @@ from .checks import check_choice
 from .checks import check_fields
 from .checks import check_flag
 from .masking import compute_type
-from .pages import empty_like
 from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
@@ -102,7 +101,7 @@ def _forward(
     rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, and of every row its largest score and 1 / sum of exp(score - largest), (N, H, Q) in the compute type."""
-    y = empty_like(scores)
+    y = torch.empty_like(scores)
     if scores.numel() == 0:
         rows = scores.new_zeros(scores.shape[:3], dtype=compute_type(scores))
         return y, rows, rows.clone()

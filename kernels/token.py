@@ -293,7 +293,7 @@ def _apply(
     rank: int,
 ) -> torch.Tensor:
     read_fields(fields)
-    y = empty_like(x)
+    y = empty_like(x) if share_c else torch.empty_like(x)
     if x.numel() == 0:
         return y
     if _triton_runs_on(x.device):
