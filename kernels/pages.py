@@ -2,7 +2,8 @@
 
 A new tensor of some megabytes is memory that the system has yet to give: page by page, each zeroed and entered at the
 first write. With pages of 4 KiB that takes longer than the product itself (docs/cpu-speed.md), with pages of 2 MiB,
-for which Linux lets programs ask, far less. NumPy asks for its arrays, PyTorch does not by default.
+for which Linux lets programs ask, far less. NumPy asks for its arrays, PyTorch does not by default; as there,
+`NUMPY_MADVISE_HUGEPAGE=0` in the environment turns it off.
 
 For ops that memory bounds. Where arithmetic takes longer there is little to gain, and something to lose on a virtual
 machine that hands free memory back to its host, which then has to give every huge page anew.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -40,9 +42,9 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _huge_pages() -> Advise | None:
-    """madvise(address, bytes, MADV_HUGEPAGE) of the C library; None where there is no such advice."""
+    """madvise(address, bytes, MADV_HUGEPAGE) of the C library; None where there is no such advice, or is to be none."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None:
+    if advice is None or os.environ.get("NUMPY_MADVISE_HUGEPAGE") == "0":
         return None
     try:
         madvise = ctypes.CDLL(None).madvise

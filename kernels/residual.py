@@ -27,7 +27,6 @@ from .checks import check_activation
 from .checks import check_maps
 from .masking import compute_type
 from .masking import is_finite
-from .pages import empty_like
 from .placements import place
 from .registration import register_op
 from .seeds import Seed
@@ -125,7 +124,7 @@ def _factor_like(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _scale_samples(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """x times the factor of its sample; 0 where that is 0, whatever x holds."""
     factor = _factor_like(factor, x)
-    y = empty_like(x)
+    y = torch.empty_like(x)
     if x.dtype == factor.dtype:
         torch.mul(x, factor, out=y)
     elif x.numel():
@@ -137,7 +136,7 @@ def _scale_samples(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _add_scaled_samples(x: torch.Tensor, residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    y = empty_like(x)
+    y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     if x.device.type == "cuda" and HAS_TRITON:
@@ -160,7 +159,7 @@ def _add_scaled_samples(x: torch.Tensor, residual: torch.Tensor, factor: torch.T
 def _add_tiled(
     x: torch.Tensor, residual: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    y = empty_like(x)
+    y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     if x.device.type == "cuda" and HAS_TRITON:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,24 @@ def test_values_do_not_depend_on_it(request_is_possible: bool, monkeypatch: pyte
     assert torch.equal(tiled_dropout(x, atlas, seed=5), expected)
 
 
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    pages._huge_pages.cache_clear()
+    yield
+    pages._huge_pages.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
 def test_systems_without_such_pages_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    pages._huge_pages.cache_clear()
     assert pages._huge_pages() is None
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_numpys_switch_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+    monkeypatch.setenv("NUMPY_MADVISE_HUGEPAGE", "1")
+    assert pages._huge_pages() is not None
     pages._huge_pages.cache_clear()
+    monkeypatch.setenv("NUMPY_MADVISE_HUGEPAGE", "0")
+    assert pages._huge_pages() is None
