@@ -36,7 +36,6 @@ from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import scale_of_mask
 from .masking import write_masked
-from .pages import empty_like
 from .philox import MASK32
 from .philox import philox
 from .registration import register_op
@@ -204,7 +203,7 @@ def _apply(
 
         with torch.cuda.device(x.device):
             return bernoulli_triton.apply(x, shared, threshold_of(rate), seed, scale, rank)
-    y = empty_like(x) if shared else torch.empty_like(x)
+    y = torch.empty_like(x)
     for box, dropped in _dropped(x.shape, rate, seed, shared, rank):
         _write(y[box], x[box], scale, dropped)
     return y

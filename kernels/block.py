@@ -51,7 +51,6 @@ from .masking import compute_type
 from .masking import scale_of_mask
 from .masking import write_masked
 from .masking import write_product
-from .pages import empty_like
 from .philox import below
 from .philox import philox
 from .registration import register_op
@@ -355,7 +354,7 @@ def _apply(
 ) -> torch.Tensor:
     check_fields(fields, FIELDS)
     rate, block_size = check_values(*fields.tolist())
-    y = empty_like(x)
+    y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     H, W = x.shape[2:]

@@ -34,7 +34,6 @@ from .checks import check_flag
 from .masking import compute_type
 from .masking import is_finite
 from .masking import scale_of_mask
-from .pages import empty_like
 from .philox import below
 from .philox import philox
 from .registration import register_op
@@ -217,7 +216,7 @@ def kept_windows(atlas: Atlas, starts: torch.Tensor) -> torch.Tensor:
 
 def _apply_on_cpu(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     n, c, h, w = x.shape
-    y = empty_like(x)
+    y = torch.empty_like(x)
     factor = scale.item()
     # In 16 bits the mask cannot carry the scale without rounding it: it multiplies by 0 and 1, the scale follows.
     carries_scale = x.dtype == compute_type(x)

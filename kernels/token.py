@@ -34,7 +34,6 @@ from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import scale_of_mask
 from .masking import write_masked
-from .pages import empty_like
 from .philox import below
 from .philox import philox
 from .registration import register_op
@@ -293,7 +292,7 @@ def _apply(
     rank: int,
 ) -> torch.Tensor:
     read_fields(fields)
-    y = empty_like(x) if share_c else torch.empty_like(x)
+    y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     if _triton_runs_on(x.device):
