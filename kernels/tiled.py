@@ -57,7 +57,7 @@ MASKED_AT_ONCE = 1 << 17
 MASKED_SHARE = 64
 
 # Cells between the masks there, which are read across: rows of 4,096 bytes, a map of 32x32, begin in the same few
-# places of the cache (128x160x32x32 in channels_last: 47 ms without, 25 with).
+# places of the cache (docs/cpu-speed.md).
 GAP = 32
 
 
