@@ -46,9 +46,9 @@ from .self_adjoint import register_self_adjoint
 # Looked up, not imported: Triton is only needed on a GPU, and does not exist on every system.
 HAS_TRITON = find_spec("triton") is not None
 
-# Planes placed at a time: as many as PyTorch takes without a second thread, below 32,768. Two threads do not pay for
-# the 80 short operations of Philox, and where other programs use the cores each of these waits for both: 81,920 planes
-# took 2.9 ms so and 3.3 at once on two free cores, 40,960 planes 3.5 and 205 beside three other programs.
+# Planes placed at a time: as many as PyTorch takes without a second thread, below 32,768. On free cores two threads
+# save up to a millisecond for 81,920 planes; where other programs use the cores they wait for each other in each of the
+# 80 short operations of Philox, and 40,960 planes took 205 ms instead of 3.5 (docs/cpu-speed.md).
 PLACED_AT_ONCE = (1 << 15) - 1
 
 # Cells of mask in memory at a time where they cannot be gathered into the output: so many, or one in 64 of a large

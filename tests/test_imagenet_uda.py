@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torchvision.transforms import v2
+from watched_labels import Watched
 
 from autodropout import BernoulliPattern
 from autodropout import Policy
@@ -226,20 +227,6 @@ def test_it_repeats_and_every_checkpoint_goes_on_to_the_same_weights(seen: list[
     for rank in range(RANKS):
         assert (seen[rank]["loss"], seen[rank]["digest"]) == (seen[0]["loss"], seen[0]["digest"])
         assert seen[rank]["continued"] == [(seen[0]["loss"], seen[0]["digest"])] * 3
-
-
-class Watched:
-    """Labels that can only be looked up row by row, and that note which rows were; any other use is an error."""
-
-    def __init__(self, labels: torch.Tensor) -> None:
-        self.labels, self.read = labels, set[int]()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
-        self.read |= set(rows.tolist())
-        return self.labels[rows]
 
 
 def test_hidden_labels_are_never_read() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from watched_labels import Watched
 
 from autodropout import BernoulliPattern
 from autodropout import Policy
@@ -130,20 +131,6 @@ def test_without_weight_it_is_supervised_training_in_as_many_steps(
 
     monkeypatch.setattr(uda_training, "consistency_loss", never)
     train_uda(plain, OFF, data, valid, 10, seed=0, device=CPU)
-
-
-class Watched:
-    """Labels that can only be looked up row by row, and that note which rows were; any other use is an error."""
-
-    def __init__(self, labels: torch.Tensor) -> None:
-        self.labels, self.read = labels, set[int]()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
-        self.read |= set(rows.tolist())
-        return self.labels[rows]
 
 
 def test_hidden_labels_are_never_read(splits: tuple[Split, Split], tmp_path: Path) -> None:
