@@ -10,9 +10,10 @@ A sequence is a map with one axis (our definition, frozen by golden vectors): wo
 word 0 is not used; position t is dropped when `u = t - cx + floor(extent / 2)` lies in a tile, with tile, gap, extent
 and unlimited repeat as for the columns of a map of width L. Turning and shearing need two axes and must be 0.
 
-Bytes moved per element: one read and one write of the activation. On the GPU the kernels of tiled_triton.py run; on
-the CPU the mask of a plane is one row of a small table (`Atlas.kept_flat`), gathered straight into the output and
-multiplied there; any other device takes the plain PyTorch twin below.
+Bytes moved per element: one read and one write of the activation. On the GPU the kernels of tiled_triton.py run, on
+the CPU the loops of tiled_numba.py where Numba is installed. Without it the mask of a plane is one row of a small table
+(`Atlas.kept_flat`), gathered straight into the output and multiplied there. Any other device takes the plain PyTorch
+twin below.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .checks import NORMALIZE
 from .checks import check_activation
 from .checks import check_choice
 from .checks import check_flag
+from .compiled import has_numba
 from .masking import compute_type
 from .masking import is_finite
 from .masking import scale_of_mask
@@ -140,13 +142,19 @@ def _draw(
         with torch.cuda.device(seed.device):  # Triton launches on the current device
             return tiled_triton.draw(seed, n, c, atlas, share_c, normalize, rank)
     starts = torch.empty((n, planes), dtype=torch.int32, device=seed.device)
+    if seed.device.type == "cpu" and has_numba():
+        from . import tiled_numba
+
+        dropped = torch.tensor(tiled_numba.place(starts, atlas, int(seed), rank))
+        return starts, _scale(atlas, starts, normalize, dropped)
     at_once = max(1, PLACED_AT_ONCE // planes)
     channels = torch.arange(planes, device=seed.device)
     for first in range(0, n, at_once):
         samples = torch.arange(first, min(n, first + at_once), device=seed.device)
         w0, w1, _, _ = philox(channels[None, :], 0, samples[:, None], rank, seed)
         starts[first : first + at_once] = window_start(below(w0, h), below(w1, w), h)
-    return starts, _scale(atlas, starts, normalize)
+    counts = atlas.counts_by_start.to(starts.device)
+    return starts, _scale(atlas, starts, normalize, counts.index_select(0, starts.reshape(-1)).sum())
 
 
 def window_start(cy: torch.Tensor, cx: torch.Tensor, height: int) -> torch.Tensor:
@@ -154,11 +162,10 @@ def window_start(cy: torch.Tensor, cx: torch.Tensor, height: int) -> torch.Tenso
     return cx * (2 * height - 1) + (height - 1 - cy)
 
 
-def _scale(atlas: Atlas, starts: torch.Tensor, normalize: str) -> torch.Tensor:
+def _scale(atlas: Atlas, starts: torch.Tensor, normalize: str, dropped: torch.Tensor) -> torch.Tensor:
     """The float64 quotient of integers that method and `normalize` ask for; 0 if nothing is kept."""
     if normalize != "mask":
         return torch.full((), fixed_scale(atlas, normalize), dtype=torch.float64, device=starts.device)
-    dropped = atlas.counts_by_start.to(starts.device).index_select(0, starts.reshape(-1)).sum()
     size = starts.numel() * atlas.height * atlas.width
     return scale_of_mask(size, size - dropped)
 
@@ -218,6 +225,12 @@ def _apply_on_cpu(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: to
     n, c, h, w = x.shape
     y = torch.empty_like(x)
     factor = scale.item()
+    if has_numba():
+        from . import tiled_numba
+
+        if tiled_numba.is_dense(x):
+            tiled_numba.apply(x, y, atlas, starts, factor)
+            return y
     # In 16 bits the mask cannot carry the scale without rounding it: it multiplies by 0 and 1, the scale follows.
     carries_scale = x.dtype == compute_type(x)
     flat = atlas.kept_flat

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mask_contracts import DTYPES
 from mask_contracts import SEED
 from mask_contracts import activation
 from mask_contracts import fresh_dynamo  # noqa: F401
+from plain_torch import without_numba
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -151,12 +153,16 @@ def test_saved_for_backward(sides: tuple[int, int], share_c: bool) -> None:
 @pytest.mark.parametrize("share_c", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(128, 160, 32, 32), (32, 256, 56, 56), (128, 320, 16, 16), (128, 640, 8, 8)])
-def test_memory_of_the_forward(shape: tuple[int, int, int, int], dtype: torch.dtype, share_c: bool) -> None:
+@pytest.mark.parametrize("numba", [False, True])
+def test_memory_of_the_forward(
+    numba: bool, shape: tuple[int, int, int, int], dtype: torch.dtype, share_c: bool
+) -> None:
     """Beyond the output at most 2% of it; in 16 bits the placements, 4 bytes a plane, are counted apart."""
     x = torch.ones(shape, dtype=dtype)
     atlas = PATTERN.atlas(*shape[2:])
-    tiled_dropout(x[:1], atlas, SEED)  # the atlas is made and its table cached
-    extra = contracts.peak_bytes(lambda: tiled_dropout(x, atlas, SEED, share_c)) - x.nbytes
+    with nullcontext() if numba else without_numba():
+        tiled_dropout(x[:1], atlas, SEED)  # the atlas is made and its table cached
+        extra = contracts.peak_bytes(lambda: tiled_dropout(x, atlas, SEED, share_c)) - x.nbytes
     if dtype == torch.bfloat16:
         extra -= 4 * shape[0] * (1 if share_c else shape[1])
     print(f"\n{shape} {dtype} share_c={share_c}: output + {100 * extra / x.nbytes:.2f}%")

@@ -1,0 +1,95 @@
+"""Loops of the CPU, compiled by Numba where it is installed (`pip install autodropout[cpu]`): `*_numba.py` holds them.
+
+PyTorch makes an op of several passes over the activation, or over a mask of its size, and Philox of eighty passes over
+its counters. A compiled loop reads an element, decides and writes it. Bits and values are the same with and without.
+
+Threads are those of `torch.get_num_threads()`. Numba runs them by OpenMP, on Linux by the same library as PyTorch, so
+that the two do not wait beside each other for the same cores (docs/cpu-speed.md).
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+# Bytes that are worth a second thread: a tenth of a millisecond inside the cache.
+GRAIN = 1 << 20
+
+# Numba's own pool of threads, which it uses where no OpenMP is found, ends the process when two threads start loops.
+_ONE_LOOP = threading.Lock()
+
+
+def has_numba() -> bool:
+    """Whether the compiled loops are to be used: where Numba can be imported.
+
+    In a function that `torch.compile` could not take as a whole, Dynamo may look into the implementation of an op. It
+    reads PyTorch, not compiled loops.
+    """
+    return not torch.compiler.is_dynamo_compiling() and _imports_numba()
+
+
+@lru_cache(maxsize=1)
+def _imports_numba() -> bool:
+    """It refuses a NumPy newer than itself, which is said once."""
+    if find_spec("numba") is None:
+        return False
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        warnings.warn(f"autodropout runs without Numba on the CPU, which is slower: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles at the first call with arguments of new types; other Python threads run on meanwhile."""
+    return _compile(function, nogil=True)
+
+
+def parallel_loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a function whose `prange` runs on several threads. To be called by `run`."""
+    return _compile(function, parallel=True, nogil=True)
+
+
+def _compile(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
+    import numba
+
+    compiler: Callable[..., Any]
+    try:
+        # Kept beside the source, or in the user's cache, for the next process. What a loop calls is compiled into it,
+        # and not looked at again when only the file of that changes: then delete __pycache__.
+        compiler = numba.njit(function, cache=True, error_model="numpy", **options)
+    except RuntimeError:  # neither place can be written to
+        compiler = numba.njit(function, error_model="numpy", **options)
+    return compiler
+
+
+def run(one: Callable[..., Any], several: Callable[..., Any], parts: int, size: int, *arguments: Any) -> None:
+    """`one(*arguments, 0, parts)`, or `several(*arguments, threads)` where `size` bytes are worth several threads."""
+    threads = min(torch.get_num_threads(), parts, size // GRAIN)
+    if threads <= 1:
+        # Also in a data loader's worker, a fork in which OpenMP must not run: PyTorch gives it one thread.
+        one(*arguments, 0, parts)
+        return
+    import numba
+
+    with _ONE_LOOP:
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        try:
+            several(*arguments, threads)
+        finally:
+            numba.set_num_threads(before)
+
+
+def array(x: torch.Tensor) -> npt.NDArray[Any]:
+    """The memory of a CPU tensor as NumPy sees it, which knows no bfloat16: 16-bit floats come as int16."""
+    x = x.detach()
+    return x.view(torch.int16).numpy() if x.dtype in (torch.float16, torch.bfloat16) else x.numpy()

@@ -1,0 +1,127 @@
+"""Compiled loops of tiled pattern dropout on the CPU (compiled.py): one over the placements, one over the activation.
+
+Contiguous maps read their mask as a byte a cell: a plane is one run of the flat table (`Atlas.kept_flat`), or, on maps
+too large for it, a run of the atlas for each row. In channels_last every channel reads another place of the table, so
+there a byte holds 8 cells (`DeviceTables.fragments`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import prange
+
+from .atlas import Atlas
+from .compiled import array
+from .compiled import loop
+from .compiled import parallel_loop
+from .compiled import run
+from .masking import compute_type
+from .philox_numba import below
+from .philox_numba import key
+from .philox_numba import u32
+from .philox_numba import words
+
+
+def place(starts: torch.Tensor, atlas: Atlas, seed: int, rank: int) -> int:
+    """Writes the starts (N, planes), int32, and returns the dropped cells of all of them."""
+    low, high = key(seed)
+    counts = array(atlas.counts_by_start)
+    return int(_place(array(starts), counts, atlas.height, atlas.width, u32(rank), low, high))
+
+
+@loop
+def _place(starts, counts, height, width, rank, low, high):
+    dropped = np.int64(0)
+    for n in range(starts.shape[0]):
+        row = starts[n]
+        for c in range(row.shape[0]):
+            w0, w1, _, _ = words(u32(c), u32(0), u32(n), rank, low, high)
+            row[c] = below(w1, width) * (2 * height - 1) + height - 1 - below(w0, height)
+        for c in range(row.shape[0]):
+            dropped += counts[row[c]]
+    return dropped
+
+
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether the loops take this (N, C, H, W): contiguous or channels_last."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def apply(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: float) -> None:
+    """Writes the masked product to y, which is dense and laid out as x."""
+    n, c, height, width = x.shape
+    tables, flat = atlas.on(x.device), atlas.kept_flat
+    rows, cells, pitch = tables.rows, tables.row_cells, tables.pitch
+    first = starts
+    if flat is None:  # the first cell of a window in the atlas
+        top, column = starts % (2 * height - 1), starts // (2 * height - 1)
+        first = top.long() * pitch + width - 1 - column
+    # In 16 bits the loop selects integers, which a product with 1 leaves as they are; the scale follows.
+    factor = {torch.float64: np.float64(scale), torch.float32: np.float32(scale)}.get(x.dtype, np.int16(1))
+    size = x.numel() * x.element_size()
+    if x.is_contiguous():
+        planes = array(x.view(n * c, rows, cells)), array(y.view(n * c, rows, cells))
+        kept, step = (~atlas.dropped.reshape(-1), 1) if flat is None else (array(flat), width)
+        run(_planes, _planes_in_threads, n * c, size, *planes, kept, array(first.view(-1)), step, pitch, factor)
+    else:
+        by_pixel = (t.permute(0, 2, 3, 1).view(n, rows, cells, c) for t in (x, y))
+        fragments = n * rows * -(-cells // 8)
+        places = array(tables.fragments), array(first), tables.start_step if tables.flat else 1, pitch, tables.step
+        run(_fragments, _fragments_in_threads, fragments, size, *map(array, by_pixel), *places, factor)
+    if x.dtype != compute_type(x) and scale != 1:
+        y.mul_(scale)
+
+
+@loop
+def _planes(x, y, kept, first, step, pitch, factor, begin, end):
+    """Planes begin..end-1 of x (planes, runs, cells); run r of a plane reads its mask r * pitch cells further on."""
+    sharing = x.shape[0] // first.shape[0]
+    cells = x.shape[2]
+    zero = x.dtype.type(0)
+    for plane in range(begin, end):
+        start = np.int64(first[plane // sharing]) * step
+        for r in range(x.shape[1]):
+            source, target = x[plane, r], y[plane, r]
+            mask = kept[start + r * pitch : start + r * pitch + cells]
+            for i in range(cells):
+                target[i] = source[i] * factor if mask[i] else zero
+
+
+@parallel_loop
+def _planes_in_threads(x, y, kept, first, step, pitch, factor, threads):
+    planes = x.shape[0]
+    for t in prange(threads):
+        _planes(x, y, kept, first, step, pitch, factor, planes * t // threads, planes * (t + 1) // threads)
+
+
+@loop
+def _fragments(x, y, bytes_of, first, step, pitch, apart, factor, begin, end):
+    """Fragments begin..end-1 of x (samples, rows, cells, channels): runs of 8 cells in a row, with all channels.
+
+    A byte of `bytes_of` holds the mask of a fragment in one channel. So the scattered reads are an eighth of the cells,
+    and the loop over channels, which follow each other in memory, reads its bytes in order.
+    """
+    sharing = x.shape[3] // first.shape[1]
+    rows, cells, channels = x.shape[1:]
+    in_row = (cells + 7) // 8
+    zero = x.dtype.type(0)
+    word = np.empty(channels, np.uint8)
+    for fragment in range(begin, end):
+        sample, r, at = fragment // (rows * in_row), fragment // in_row % rows, fragment % in_row
+        place = r * pitch + at * apart
+        for c in range(channels):
+            word[c] = bytes_of[np.int64(first[sample, c // sharing]) * step + place]
+        for b in range(min(8, cells - 8 * at)):
+            source, target = x[sample, r, 8 * at + b], y[sample, r, 8 * at + b]
+            bit = np.uint8(1 << b)
+            for c in range(channels):
+                target[c] = source[c] * factor if word[c] & bit else zero
+
+
+@parallel_loop
+def _fragments_in_threads(x, y, bytes_of, first, step, pitch, apart, factor, threads):
+    fragments = x.shape[0] * x.shape[1] * ((x.shape[2] + 7) // 8)
+    for t in prange(threads):
+        begin, end = fragments * t // threads, fragments * (t + 1) // threads
+        _fragments(x, y, bytes_of, first, step, pitch, apart, factor, begin, end)

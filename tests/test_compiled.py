@@ -1,0 +1,125 @@
+"""Where compiled loops run on the CPU, and where they must not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from plain_torch import without_numba
+
+from autodropout import TiledPattern
+from autodropout import pattern_dropout
+
+pytest.importorskip("numba", reason="needs Numba")
+
+PATTERN = TiledPattern(size=0.3, stride=0.2, repeat=2)
+ROOT = Path(__file__).parents[1]
+
+# More than one thread is given: 4 MiB.
+DROPS = """
+import os, sys, torch
+from autodropout import TiledPattern, pattern_dropout
+x = torch.ones(64, 16, 32, 32)
+def total(): return pattern_dropout(x, TiledPattern(size=0.3, stride=0.2, repeat=2), seed=1).double().sum().item()
+"""
+
+
+def python(code: str, *, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DROPS + code],
+        env={**os.environ, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def expected() -> str:
+    with without_numba():
+        return f"{pattern_dropout(torch.ones(64, 16, 32, 32), PATTERN, seed=1).double().sum().item()}\n"
+
+
+def test_numba_is_loaded_by_the_first_op_that_needs_it() -> None:
+    result = python("assert 'numba' not in sys.modules; total(); assert 'numba' in sys.modules")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_numba_that_cannot_be_imported_is_said_once(tmp_path: Path) -> None:
+    """As it is when NumPy is newer than the Numba that is installed."""
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.2 or less. Got NumPy 2.9.')")
+    result = python("total(); print(total())", PYTHONPATH=str(tmp_path))
+    assert result.stdout == expected(), result.stderr
+    assert result.stderr.count("Numba needs NumPy 2.2 or less") == 1
+    assert "slower" in result.stderr
+
+
+def test_nowhere_to_keep_what_was_compiled(tmp_path: Path) -> None:
+    """Neither beside the source nor in the user's cache: it is compiled for the process."""
+    package = tmp_path / "site" / "autodropout"
+    shutil.copytree(ROOT / "autodropout", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    # Root may write anywhere, so folders that cannot be made are what root cannot write to: names that files have.
+    for name in ("autodropout/kernels/__pycache__", "autodropout/__pycache__", "home"):
+        (tmp_path / "site" / name).write_text("")
+    home = str(tmp_path / "site" / "home")
+    result = python(
+        f"import autodropout; assert autodropout.__file__.startswith({str(tmp_path)!r}); print(total())",
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path / "site"),
+        PYTHONDONTWRITEBYTECODE="1",
+        HOME=home,
+        XDG_CACHE_HOME=home,
+    )
+    assert result.stdout == expected(), result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_fork_with_one_thread() -> None:
+    """OpenMP ends a process that was forked from one with threads and starts some; a data loader's worker has one."""
+    code = """
+torch.set_num_threads(2)
+total()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    print(total(), flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    result = python(code)
+    assert result.stdout == expected(), result.stderr
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_calls_from_several_threads(layer: str) -> None:
+    """Numba's own pool, used where OpenMP is missing, ends the process when two threads start loops at a time."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+torch.set_num_threads(2)
+with ThreadPoolExecutor(4) as pool:
+    totals = set(pool.map(lambda _: total(), range(40)))
+(result,) = totals
+print(result)
+"""
+    result = python(code, NUMBA_THREADING_LAYER=layer)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == expected()
+
+
+def test_the_number_of_threads_of_numba_is_left_alone() -> None:
+    code = """
+import numba
+numba.set_num_threads(1)
+torch.set_num_threads(2)
+total()
+assert numba.get_num_threads() == 1
+"""
+    result = python(code, NUMBA_NUM_THREADS="2")
+    assert result.returncode == 0, result.stderr
