@@ -7,6 +7,7 @@ Inductor makes of the op in plain PyTorch, given the placements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,12 @@ from autodropout.kernels import tiled_dropout
 TESTS = ("test_tiled.py", "test_tiled_sequences.py")
 SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (128, 320, 16, 16), (128, 640, 8, 8)]
 BACKWARD_SHAPES = SHAPES if ON_GPU else [SHAPES[0], *SHAPES[2:]]  # on two cores: five minutes for all of bench/
-ROUNDS = 5
+
+
+def rounds(shape: tuple[int, ...]) -> int:
+    """More for small activations: at 21 MB a third of the runs, whose ever, waits for the system's new pages."""
+    return max(5, 125_000_000 // math.prod(shape))
+
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -70,7 +76,7 @@ def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype:
     }
     per_channel = ours(shape, share_c=False)
     contenders = {name: lambda forward=forward: forward(x) for name, forward in peers.items()}
-    report.add("forward", shape, "", interleaved(benchmark, lambda: per_channel(x), contenders, ROUNDS), dtype)
+    report.add("forward", shape, "", interleaved(benchmark, lambda: per_channel(x), contenders, rounds(shape)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,4 +98,4 @@ def bench_forward_backward(benchmark: Any, report: Report, shape: tuple[int, ...
     contenders: dict[str, Callable[[], object]] = {"x * 2": lambda: x.detach() * 2}
     contenders |= {name: both(forward) for name, forward in peers.items()}
     per_channel = both(ours(shape, share_c=False))
-    report.add("forward + backward", shape, "", interleaved(benchmark, per_channel, contenders, ROUNDS), dtype)
+    report.add("forward + backward", shape, "", interleaved(benchmark, per_channel, contenders, rounds(shape)), dtype)

@@ -26,6 +26,8 @@ def as_seed(seed: Seed, device: torch.device) -> torch.Tensor:
         ValueError: an integer out of range, or a tensor of another shape or on another device.
     """
     if seed is None:
+        if not torch.compiler.is_compiling():
+            return _draw_seed(device=device)
         drawn: torch.Tensor = torch.ops.autodropout.draw_seed(device=device)
         return drawn
     if isinstance(seed, torch.Tensor):

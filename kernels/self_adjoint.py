@@ -61,6 +61,8 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
 
     def apply(*args: Any) -> torch.Tensor:
         if not torch.compiler.is_compiling():
+            if _is_constant(args[0]):
+                return op(*args)
             y: torch.Tensor = _Eager.apply(*args)
             return y
         if forward_ad._current_level >= 0:
@@ -99,6 +101,13 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
     )
 
     return apply
+
+
+def _is_constant(x: torch.Tensor) -> bool:
+    """Whether nobody differentiates by x, as in the last backward: a Function costs more than the op on a small x."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _element_by_element(apply: Apply, x: torch.Tensor, *others: Any) -> torch.Tensor:

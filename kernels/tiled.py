@@ -145,16 +145,18 @@ def _draw(
     if seed.device.type == "cpu" and has_numba():
         from . import tiled_numba
 
-        dropped = torch.tensor(tiled_numba.place(starts, atlas, int(seed), rank))
-        return starts, _scale(atlas, starts, normalize, dropped)
+        dropped = tiled_numba.place(starts, atlas, int(seed), rank)
+        size = starts.numel() * h * w
+        quotient = size / (size - dropped) if dropped < size else 0.0
+        scale = quotient if normalize == "mask" else fixed_scale(atlas, normalize)
+        return starts, torch.tensor(scale, dtype=torch.float64, device=seed.device)
     at_once = max(1, PLACED_AT_ONCE // planes)
     channels = torch.arange(planes, device=seed.device)
     for first in range(0, n, at_once):
         samples = torch.arange(first, min(n, first + at_once), device=seed.device)
         w0, w1, _, _ = philox(channels[None, :], 0, samples[:, None], rank, seed)
         starts[first : first + at_once] = window_start(below(w0, h), below(w1, w), h)
-    counts = atlas.counts_by_start.to(starts.device)
-    return starts, _scale(atlas, starts, normalize, counts.index_select(0, starts.reshape(-1)).sum())
+    return starts, _scale(atlas, starts, normalize)
 
 
 def window_start(cy: torch.Tensor, cx: torch.Tensor, height: int) -> torch.Tensor:
@@ -162,10 +164,11 @@ def window_start(cy: torch.Tensor, cx: torch.Tensor, height: int) -> torch.Tenso
     return cx * (2 * height - 1) + (height - 1 - cy)
 
 
-def _scale(atlas: Atlas, starts: torch.Tensor, normalize: str, dropped: torch.Tensor) -> torch.Tensor:
+def _scale(atlas: Atlas, starts: torch.Tensor, normalize: str) -> torch.Tensor:
     """The float64 quotient of integers that method and `normalize` ask for; 0 if nothing is kept."""
     if normalize != "mask":
         return torch.full((), fixed_scale(atlas, normalize), dtype=torch.float64, device=starts.device)
+    dropped = atlas.counts_by_start.to(starts.device).index_select(0, starts.reshape(-1)).sum()
     size = starts.numel() * atlas.height * atlas.width
     return scale_of_mask(size, size - dropped)
 
