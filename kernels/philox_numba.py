@@ -6,6 +6,7 @@ Words are uint32; a product of two that are widened to uint64 becomes one instru
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import njit
 
 from . import philox
@@ -40,3 +41,22 @@ def below(word, n):
 def key(seed: int) -> tuple[np.uint32, np.uint32]:
     """Low and high half of a seed."""
     return u32(seed & philox.MASK32), u32(seed >> 32 & philox.MASK32)
+
+
+def all_words(counter: tuple[philox.Counter, ...], seed: int) -> philox.Words:
+    """What `philox.philox` gives, for counters on the CPU, at 4 ns each instead of 14 to 40."""
+    arrays = [np.asarray(word) for word in counter]
+    shape = np.broadcast_shapes(*(array.shape for array in arrays))
+    counters, out = np.empty((4, *shape), np.uint32), np.empty((4, *shape), np.int64)
+    for i, array in enumerate(arrays):
+        counters[i] = array
+    _all_words(counters.reshape(4, -1), *key(seed), out.reshape(4, -1))
+    w0, w1, w2, w3 = torch.from_numpy(out).unbind()
+    return w0, w1, w2, w3
+
+
+@loop
+def _all_words(counters, low, high, out):
+    for i in range(counters.shape[1]):
+        w = words(counters[0, i], counters[1, i], counters[2, i], counters[3, i], low, high)
+        out[0, i], out[1, i], out[2, i], out[3, i] = w

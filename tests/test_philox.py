@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from plain_torch import without_numba
 from twins import philox_numpy as twin
 
 from autodropout.kernels import philox as kernels_philox
@@ -24,14 +27,17 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("few", [kernels_philox.FEW, -1], ids=["NumPy", "PyTorch"])
+@pytest.mark.parametrize("route", ["Numba", "NumPy", "PyTorch"])
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_words_equal_the_twin(
-    seed: int, shapes: list[tuple[int, ...] | None], few: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, shapes: list[tuple[int, ...] | None], route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over the whole range of counter words, their largest value included, by both routes."""
-    monkeypatch.setattr(kernels_philox, "FEW", few)
+    """Over the whole range of counter words, their largest value included, by all routes."""
+    if route == "Numba":
+        pytest.importorskip("numba")
+    if route == "PyTorch":
+        monkeypatch.setattr(kernels_philox, "FEW", -1)
     rng = np.random.default_rng(seed % 2**64)
     counters: list[np.ndarray | int] = []
     for shape in shapes:
@@ -40,7 +46,8 @@ def test_words_equal_the_twin(
         counters.append(int(words) if shape is None else words)
     tensors = [word if isinstance(word, int) else torch.from_numpy(np.asarray(word)) for word in counters]
     before = [word if isinstance(word, int) else word.clone() for word in tensors]
-    got = philox(*tensors, torch.tensor(seed))
+    with nullcontext() if route == "Numba" else without_numba():
+        got = philox(*tensors, torch.tensor(seed))
     for mine, expected in zip(got, twin.philox(*counters, twin.key_of(seed)), strict=True):
         assert mine.dtype == torch.int64
         assert torch.equal(mine, torch.from_numpy(np.asarray(expected, dtype=np.int64)))
