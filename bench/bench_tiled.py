@@ -2,7 +2,8 @@
 
 The unit is the time of `x * 2`, one read and one write of the activation, measured in the same round. Peers:
 `torch.nn.functional.dropout`; DropBlock with block 7 and rate 0.1 of torchvision and of timm; and `compiled`, what
-Inductor makes of the op in plain PyTorch, given the placements.
+Inductor makes of the op in plain PyTorch, given the placements. On the CPU also ours as it is where Numba is not
+installed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from clock import DTYPES
 from clock import ON_GPU
 from conftest import Report
 from interleaved import interleaved
+from plain_torch import without_numba
 from timm.layers import drop_block_2d as timm_drop_block
 from torchvision.ops import drop_block2d
 
@@ -41,6 +43,16 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 def ours(shape: tuple[int, ...], share_c: bool) -> Forward:
     atlas = TiledPattern(size=0.25, stride=0.25, repeat=3, rotate=30).atlas(*shape[2:])
     return lambda x: tiled_dropout(x, atlas, share_c=share_c)
+
+
+def plain(shape: tuple[int, ...]) -> Forward:
+    forward = ours(shape, share_c=False)
+
+    def without(x: torch.Tensor) -> torch.Tensor:
+        with without_numba():
+            return forward(x)
+
+    return without
 
 
 def naive(shape: tuple[int, ...]) -> Forward:
@@ -74,6 +86,8 @@ def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype:
         "compiled": naive(shape),
         "share_c": ours(shape, share_c=True),
     }
+    if not ON_GPU:
+        peers["no Numba"] = plain(shape)
     per_channel = ours(shape, share_c=False)
     contenders = {name: lambda forward=forward: forward(x) for name, forward in peers.items()}
     report.add("forward", shape, "", interleaved(benchmark, lambda: per_channel(x), contenders, rounds(shape)), dtype)
