@@ -19,9 +19,9 @@ The bits (our choice, frozen by golden vectors in the tests):
   `top = (word * (H-b_h+1)) >> 32`, `left = (word' * (W-b_w+1)) >> 32`.
 
 One pass reads and writes x; the mask is drawn again in backward, never saved. On the GPU the kernels of
-block_triton.py run. On the CPU few blocks are written as zeros into the product, row by row. Many blocks, and any other
-device, take the route that draws corners into a map of bytes and dilates it, on slices of planes so that its
-temporaries stay within a few megabytes.
+block_triton.py run, on the CPU the loops of block_numba.py where Numba is installed. Without it few blocks are written
+as zeros into the product, row by row. Many blocks, and any other device, take the route that draws corners into a map
+of bytes and dilates it, on slices of planes so that its temporaries stay within a few megabytes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from .checks import check_fields
 from .checks import check_flag
 from .checks import check_maps
 from .checks import check_real
+from .compiled import has_numba
 from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import compute_type
@@ -342,6 +343,11 @@ def _scale(
                 n, c, height, width = shape
                 with torch.cuda.device(seed.device):  # Triton launches on the current device
                     return block_triton.mask_scale((n, c, height, width), blocks, seed, share_c, rank)
+            if seed.device.type == "cpu" and has_numba():
+                from . import block_numba
+
+                dropped += block_numba.count_dropped(shape, blocks, int(seed), share_c, rank)
+                return scale_of_mask(size, size - dropped * (shape[1] if share_c else 1))
             for _, part in _dropped(shape, blocks, seed, share_c, rank):
                 dropped += torch.count_nonzero(part)
         return scale_of_mask(size, size - dropped * (shape[1] if share_c else 1))
@@ -364,6 +370,12 @@ def _apply(
 
         with torch.cuda.device(x.device):
             return block_triton.apply(x, blocks, seed, scale, share_c, rank)
+    if x.device.type == "cpu" and has_numba():
+        from . import block_numba
+
+        if block_numba.is_dense(x):
+            block_numba.apply(x, y, blocks, int(seed), scale.item(), share_c, rank)
+            return y
     if x.device.type == "cpu" and not share_c and float(blocks.mean) * math.prod(blocks.block) < SPARSE * H * W:
         _apply_sparse(y, x, blocks, seed, scale, rank)
     else:
