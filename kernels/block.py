@@ -347,9 +347,9 @@ def _scale(
                 from . import block_numba
 
                 dropped += block_numba.count_dropped(shape, blocks, int(seed), share_c, rank)
-                return scale_of_mask(size, size - dropped * (shape[1] if share_c else 1))
-            for _, part in _dropped(shape, blocks, seed, share_c, rank):
-                dropped += torch.count_nonzero(part)
+            else:
+                for _, part in _dropped(shape, blocks, seed, share_c, rank):
+                    dropped += torch.count_nonzero(part)
         return scale_of_mask(size, size - dropped * (shape[1] if share_c else 1))
     value = 1 / (1 - rate) if normalize == "expected" else 1.0
     return torch.full((), value, dtype=torch.float64, device=seed.device)

@@ -21,6 +21,7 @@ from .masking import compute_type
 from .philox_numba import below
 from .philox_numba import key
 from .philox_numba import u32
+from .philox_numba import u64
 from .philox_numba import words
 from .tiled_numba import is_dense as is_dense
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Philox calls that are drawn at a time, if all planes have as many blocks as they can: 100 KB of numbers.
 CALLS_AT_ONCE = 2048
+
+ALL = u64(0xFFFFFFFFFFFFFFFF)
 
 
 def count_dropped(shape: torch.Size, blocks: Geometry, seed: int, share_c: bool, rank: int) -> int:
@@ -71,26 +74,25 @@ def _lists(thresholds):
     """What `_draw` writes to: see there. Its `number` says how many planes it takes at a time."""
     most = max(1, (len(thresholds) + 1) // 2)
     planes = max(1, CALLS_AT_ONCE // most)
-    return (
-        np.empty(planes, np.int64),
-        np.empty((2, 2 * planes * most), np.int64),
-        np.empty((3, planes * most), np.uint32),
-        np.empty((3, planes), np.uint32),
-    )
+    calls = planes * most
+    # Arrays of one axis: with the rows of a larger one the loops over counters are not turned into vectors.
+    number, corners = np.empty(planes, np.int64), (np.empty(2 * calls, np.int32), np.empty(2 * calls, np.int32))
+    of_planes = np.empty(planes, np.uint32), np.empty(planes, np.uint32), np.empty(planes, np.uint32)
+    of_calls = np.empty(calls, np.uint32), np.empty(calls, np.uint32), np.empty(calls, np.uint32)
+    return number, corners, of_planes, of_calls
 
 
 @loop
 def _draw(lists, first, planes, channels, thresholds, positions, rank, low, high):
     """The blocks of `planes` planes from `first` on, of `channels` a sample.
 
-    Plane i has number[i] blocks. Its tops and lefts are in the rows of `corners`, at an even place after the plane
-    before: two blocks share a call of Philox, which for an odd number draws one block too many.
+    Plane i has number[i] blocks. Their tops and lefts begin at an even place after those of the plane before: two
+    blocks share a call of Philox, which for an odd number draws one too many.
     """
-    number, corners, calls, counters = lists
+    number, (tops, lefts), (channel, sample, word), (c0, c1, c2) = lists
     if len(thresholds) == 0:
         number[:planes] = 0
         return
-    channel, sample, word = counters
     n, c = first // channels, first % channels
     for i in range(planes):
         channel[i], sample[i] = c, n
@@ -99,17 +101,15 @@ def _draw(lists, first, planes, channels, thresholds, positions, rank, low, high
             n, c = n + 1, 0
     for i in range(planes):
         word[i] = words(channel[i], u32(0), sample[i], rank, low, high)[0]
-    c0, c1, c2 = calls
-    end = 0
+    calls = 0
     for i in range(planes):
         number[i] = 0
         if word[i] >= thresholds[0]:  # on small maps most planes have no block
             number[i] = np.searchsorted(thresholds, np.int64(word[i]), side="right")
             for call in range((number[i] + 1) // 2):
-                c0[end], c1[end], c2[end] = channel[i], 1 + call, sample[i]
-                end += 1
-    tops, lefts = corners
-    for i in range(end):
+                c0[calls], c1[calls], c2[calls] = channel[i], 1 + call, sample[i]
+                calls += 1
+    for i in range(calls):
         w0, w1, w2, w3 = words(c0[i], c1[i], c2[i], rank, low, high)
         tops[2 * i], tops[2 * i + 1] = below(w0, positions[0]), below(w2, positions[0])
         lefts[2 * i], lefts[2 * i + 1] = below(w1, positions[1]), below(w3, positions[1])
@@ -157,8 +157,8 @@ def _rows(x, y, height, width, channels, thresholds, block, positions, rank, low
     zero = x.dtype.type(0)
     lists = _lists(thresholds)
     number, (tops, lefts) = lists[0], lists[1]
-    cell = x.shape[1] // width
-    run_of = cell if channels == 1 else 1
+    cell = x.shape[1] // width  # elements: all channels
+    shared = channels == 1
     for n in range(begin // height, (end - 1) // height + 1):
         first_row, end_row = max(begin, n * height), min(end, (n + 1) * height)
         for r in range(first_row, end_row):
@@ -174,7 +174,7 @@ def _rows(x, y, height, width, channels, thresholds, block, positions, rank, low
                     top = n * height + tops[b]
                     for r in range(max(first_row, top), min(end_row, top + block[0])):
                         target = y[r]
-                        if run_of == cell:
+                        if shared:
                             target[lefts[b] * cell : (lefts[b] + block[1]) * cell] = zero
                         else:
                             for column in range(lefts[b], lefts[b] + block[1]):
@@ -192,10 +192,10 @@ def _rows_in_threads(x, y, height, width, channels, thresholds, block, positions
 
 @loop
 def _count(planes, height, width, channels, thresholds, block, positions, rank, low, high, total, begin, end):
-    """Adds the dropped cells of the planes begin..end-1 to total[0]. Where blocks may overlap they are marked."""
+    """Adds the dropped cells of the planes begin..end-1 to total[0]. Blocks that may overlap are drawn as bits."""
     lists = _lists(thresholds)
     number, (tops, lefts) = lists[0], lists[1]
-    marks = np.empty((height, width), np.uint8)
+    bits = np.empty((height, (width + 63) // 64), np.uint64)
     dropped = np.int64(0)
     for first in range(begin, end, len(number)):
         drawn = min(len(number), end - first)
@@ -205,15 +205,27 @@ def _count(planes, height, width, channels, thresholds, block, positions, rank, 
             if number[i] == 1:
                 dropped += block[0] * block[1]
             elif number[i] > 1:
-                marks[:] = 0
+                bits[:] = 0
                 for b in range(at, at + number[i]):
-                    for r in range(tops[b], tops[b] + block[0]):
-                        row = marks[r, lefts[b] : lefts[b] + block[1]]
-                        for cell in range(len(row)):
-                            row[cell] = 1
-                dropped += np.sum(marks)
+                    left, right = lefts[b], lefts[b] + block[1]
+                    for k in range(left // 64, (right - 1) // 64 + 1):
+                        ones = ALL >> u64(64 - min(right - 64 * k, 64)) & ALL << u64(max(left - 64 * k, 0))
+                        for r in range(tops[b], tops[b] + block[0]):
+                            bits[r, k] |= ones
+                flat = bits.reshape(-1)
+                for k in range(len(flat)):
+                    dropped += _ones(flat[k])
             at += (number[i] + 1) // 2 * 2
     total[0] += dropped
+
+
+@loop
+def _ones(word):
+    """The number of bits that are 1, by sums of neighbours: of 2, of 4, of 8, then of the 8 bytes."""
+    word -= word >> u64(1) & u64(0x5555555555555555)
+    word = (word & u64(0x3333333333333333)) + (word >> u64(2) & u64(0x3333333333333333))
+    word = word + (word >> u64(4)) & u64(0x0F0F0F0F0F0F0F0F)
+    return np.int64(word * u64(0x0101010101010101) >> u64(56))
 
 
 @parallel_loop

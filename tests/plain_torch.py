@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
+
 
 @contextmanager
 def without_numba() -> Iterator[None]:
@@ -17,3 +19,14 @@ def without_numba() -> Iterator[None]:
             if name in sys.modules:
                 patches.enter_context(mock.patch.object(sys.modules[name], "_imports_numba", return_value=False))
         yield
+
+
+@pytest.fixture(params=[False, True], ids=["pytorch", "numba"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that asks for it runs without Numba, and with it where it is installed."""
+    if request.param:
+        pytest.importorskip("numba", reason="needs Numba")
+        yield
+    else:
+        with without_numba():
+            yield

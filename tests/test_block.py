@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from decimal import Decimal
 from typing import Any
@@ -14,6 +15,8 @@ from mask_contracts import DTYPES
 from mask_contracts import LAYOUTS
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
+from plain_torch import both_ways  # noqa: F401
+from plain_torch import without_numba
 from twins import block_numpy as twin
 
 from autodropout.kernels import block_dropout
@@ -59,6 +62,7 @@ def call(share_c: bool = False, normalize: str = "expected") -> Any:
     return lambda x, fields, seed: block_dropout(x, fields, seed, share_c, normalize)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_golden_vectors() -> None:
     dropped = block_dropout(torch.ones(2, 2, 7, 9), (0.4, 3), SEED, rank=3) == 0
     assert {place: drawn(dropped[place]) for place in GOLDEN} == GOLDEN
@@ -114,6 +118,7 @@ def test_rates_too_small_for_a_word_drop_nothing() -> None:
     assert torch.equal(block_dropout(x, (0, 3), SEED), x)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("normalize", ["expected", "mask", "none"])
 @pytest.mark.parametrize("share_c", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 7, 9), (3, 2, 8, 8), (1, 4, 1, 6), (2, 2, 5, 1), (3, 1, 1, 1), (1, 5, 13, 4)])
@@ -133,9 +138,9 @@ def test_slices_and_routes_do_not_show(share_c: bool, monkeypatch: pytest.Monkey
     from autodropout.kernels import block
 
     x = contracts.activation("channels_last", (3, 5, 12, 11))
-    for normalize in ("expected", "mask"):
-        for fields in ((0.1, 3), (0.3, 4), (0.7, 3)):
-            whole = block_dropout(x, fields, SEED, share_c, normalize)
+    for normalize, fields in itertools.product(("expected", "mask"), ((0.1, 3), (0.3, 4), (0.7, 3))):
+        whole = block_dropout(x, fields, SEED, share_c, normalize)
+        with without_numba():
             for limit in (1, 100, 132, 300, 2000):
                 for name in ("SLICE_CELLS", "DILATED_CELLS", "PLANES_AT_ONCE", "BLOCKS_AT_ONCE"):
                     monkeypatch.setattr(block, name, limit)
@@ -173,6 +178,7 @@ def test_a_block_as_large_as_the_map_drops_whole_planes(block_size: int) -> None
     assert abs(per_plane.mean().item() - 0.25) <= 4 * math.sqrt(0.25 * 0.75 / 2048)  # two-sided alpha 6.3e-5
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_all_dropped_gives_zeros_not_nan() -> None:
     """A seed that drops all of a small tensor, of the first 100; NaN in x does not come through either."""
     x = torch.full((1, 2, 3, 3), float("nan"))
@@ -193,10 +199,12 @@ def test_empty_tensors(shape: tuple[int, ...], share_c: bool, normalize: str) ->
 
 @pytest.mark.parametrize("share_c", [False, True])
 class TestContracts:
+    @pytest.mark.usefixtures("both_ways")
     @pytest.mark.parametrize("fields", [FIELDS, DENSE])
     def test_memory_format(self, share_c: bool, fields: torch.Tensor) -> None:
         contracts.check_memory_format(call(share_c), fields)
 
+    @pytest.mark.usefixtures("both_ways")
     @pytest.mark.parametrize("fields", [FIELDS, DENSE])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_non_finite(self, share_c: bool, fields: torch.Tensor, dtype: torch.dtype) -> None:
@@ -235,6 +243,7 @@ class TestContracts:
         values = [torch.tensor([0.95 * i / 50, 1 + i % 5], dtype=torch.float64) for i in range(51)]
         contracts.check_no_recompilation(call(share_c, "mask"), values)
 
+    @pytest.mark.usefixtures("both_ways")
     def test_memory(self, share_c: bool) -> None:
         """Beyond the output: a bounded amount, however large x is, even if it is a single sample."""
         for shape in ((64, 16, 56, 56), (1, 50, 256, 256)):
