@@ -11,8 +11,9 @@ The bits (our choice, as in docs/token.md). x has samples n, tokens t and channe
   `cell_t` is the span with `share_t`, else t; `cell_c` is 0 with `share_c`, else c.
 
 Bytes moved per element: one read and one write of the activation, forward and backward, which are the same op: the mask
-is drawn again, never saved. On the GPU the kernels of token_triton.py run. Here words are drawn for what is covered
-only, once for what shares them, on slices of tokens so that temporaries stay within a few megabytes.
+is drawn again, never saved. On the GPU the kernels of token_triton.py run, on the CPU the loops of token_numba.py where
+Numba is installed. Here words are drawn for what is covered only, once for what shares them, on slices of tokens so
+that temporaries stay within a few megabytes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .checks import check_choice
 from .checks import check_fields
 from .checks import check_flag
 from .checks import check_real
+from .compiled import has_numba
 from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import scale_of_mask
@@ -272,7 +274,12 @@ def _scale(
 
         with torch.cuda.device(seed.device):  # Triton launches on the current device
             return token_triton.scale_of_mask(fields, seed, N, T, C, share_t, share_c, rank)
-    if share_c:
+    if seed.device.type == "cpu" and has_numba():
+        from . import token_numba
+
+        pattern = token_numba.pattern(N, T, *read_fields(fields), share_t, int(seed), rank)
+        dropped = torch.tensor(token_numba.count_dropped(pattern, C, share_c))
+    elif share_c:
         dropped = _dropped_tokens(N, T, fields, seed, share_t, rank).sum() * C
     else:
         dropped = torch.zeros((), dtype=torch.int64, device=seed.device)
@@ -302,6 +309,14 @@ def _apply(
             token_triton.apply(by_token(x, layout), by_token(y, layout), fields, seed, scale, share_t, share_c, rank)
         return y
     N, T, C = sides_of(x.shape, layout)
+    by_token_x, by_token_y = by_token(x, layout), by_token(y, layout)
+    if x.device.type == "cpu" and has_numba():
+        from . import token_numba
+
+        if order := token_numba.order(by_token_x):
+            pattern = token_numba.pattern(N, T, *read_fields(fields), share_t, int(seed), rank)
+            token_numba.apply(by_token_x, by_token_y, order, pattern, scale.item(), share_c)
+            return y
     if share_c:
         dropped = _dropped_tokens(N, T, fields, seed, share_t, rank)
         n, t, _, _ = LAYOUTS[layout]
@@ -309,7 +324,6 @@ def _apply(
         sides[n], sides[t] = N, T
         write_masked(y, x, scale, (dropped if n < t else dropped.T).reshape(sides))
         return y
-    by_token_x, by_token_y = by_token(x, layout), by_token(y, layout)
     for samples, tokens, mask in _dropped(N, T, C, fields, seed, share_t, rank):
         part = by_token_x[samples, tokens]
         write_masked(by_token_y[samples, tokens], part, scale, mask.view(part.shape))

@@ -1,0 +1,301 @@
+"""Compiled loops of token patterns on the CPU (compiled.py): they decide for a row of memory, then multiply it.
+
+A row holds the channels of a token, or, in attention weights, the tokens (keys) of a channel. There the rows of four
+channels are taken together, since these share their calls of Philox. Decisions are bytes of a row, 1 = kept, which stay
+in the cache; where all channels of a token share one, they are a byte for each token of the call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import prange
+
+from .compiled import array
+from .compiled import loop
+from .compiled import parallel_loop
+from .compiled import run
+from .masking import compute_type
+from .philox_numba import below
+from .philox_numba import key
+from .philox_numba import u32
+from .philox_numba import words
+
+# Channels, or tokens, of a row that are decided at a time.
+PIECE = 1 << 14
+
+
+class Pattern(NamedTuple):
+    """What decides, as the loops take it."""
+
+    phases: np.ndarray  # int32, of each sample
+    tokens: int
+    size: int  # 0: nothing is covered
+    period: int
+    last: np.uint32  # the largest word that drops
+    share_t: bool
+    rank: np.uint32
+    low: np.uint32
+    high: np.uint32
+
+
+def pattern(
+    samples: int, tokens: int, size: int, period: int, threshold: int, share_t: bool, seed: int, rank: int
+) -> Pattern:
+    phases = np.zeros(samples, np.int32)
+    of_all = u32(rank), *key(seed)
+    if size < tokens:
+        _phases(phases, period, *of_all)
+    return Pattern(phases, tokens, size if threshold else 0, period, u32(max(0, threshold - 1)), share_t, *of_all)
+
+
+@loop
+def _phases(phases, period, rank, low, high):
+    for n in range(len(phases)):
+        phases[n] = below(words(u32(0), u32(0), u32(n), rank, low, high)[0], period)
+
+
+def count_dropped(how: Pattern, channels: int, share_c: bool) -> int:
+    """The dropped elements of a call."""
+    cells = len(how.phases) * how.tokens
+    if share_c:
+        return channels * (cells - int(_kept_tokens(how).sum()))
+    total = np.zeros(1, np.int64)
+    run(_count, _count_in_threads, cells, cells * channels, channels, how, total)
+    return int(total[0])
+
+
+def order(by_token: torch.Tensor) -> tuple[int, ...] | None:
+    """How (n, t, a, b), as token.by_token gives it, lies in memory without gaps, if the loops take it so."""
+    orders = (0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (0, 2, 3, 1)
+    return next((order for order in orders if by_token.permute(order).is_contiguous()), None)
+
+
+def apply(x: torch.Tensor, y: torch.Tensor, order: tuple[int, ...], how: Pattern, scale: float, share_c: bool) -> None:
+    """Writes the masked product to y. Both are views (n, t, a, b), channel a * B + b, that lie in memory in `order`."""
+    # In 16 bits the loop selects integers, which a product with 1 leaves as they are; the scale follows.
+    factor = {torch.float64: np.float64(scale), torch.float32: np.float32(scale)}.get(x.dtype, np.int16(1))
+    n, t, a, b = x.shape
+    size = x.numel() * x.element_size()
+    by_key = order == (0, 2, 3, 1)
+    shape = (n, a * b, t) if by_key else (n * a * t, b) if order == (0, 2, 1, 3) else (n * t, a * b)
+    both = [array(v.permute(order).reshape(shape)) for v in (x, y)]
+    if by_key and share_c:
+        run(_columns, _columns_in_threads, n * a * b, size, *both, _kept_tokens(how), factor)
+    elif by_key:
+        run(_keys, _keys_in_threads, n * ((a * b + 3) // 4), size, *both, how, factor)
+    else:
+        kept = _kept_tokens(how) if share_c else np.empty((0, 0), np.uint8)
+        run(_rows, _rows_in_threads, len(both[0]), size, *both, order == (1, 0, 2, 3), how, kept, factor)
+    if x.dtype != compute_type(x) and scale != 1:
+        y.mul_(scale)
+
+
+# ---- rows of channels ------------------------------------------------------------------------------------------------
+
+
+@loop
+def _rows(x, y, tokens_first, how, kept_tokens, factor, begin, end):
+    """Rows begin..end-1 of x (samples * heads * tokens, or tokens * samples; channels of a head)."""
+    samples, width = len(how.phases), x.shape[1]
+    heads = x.shape[0] // (samples * how.tokens)
+    zero = x.dtype.type(0)
+    kept = np.empty(min(width, PIECE) + 6, np.uint8)  # up to 3 words more on each side
+    drawn = (-1, -1, -1)
+    for r in range(begin, end):
+        if tokens_first:
+            n, head, t = r % samples, 0, r // samples
+        else:
+            n, head, t = r // how.tokens // heads, r // how.tokens % heads, r % how.tokens
+        source, target = x[r], y[r]
+        if len(kept_tokens):
+            covered, dropped = False, kept_tokens[n, t] == 0
+        else:
+            place = t + np.int64(how.phases[n])
+            span = place // how.period
+            covered, dropped = place - span * how.period < how.size, False
+        if dropped:
+            target[:] = zero
+            continue
+        if not covered:
+            for c in range(width):
+                target[c] = source[c] * factor
+            continue
+        cell = span if how.share_t else t
+        for c in range(0, width, PIECE):
+            first, number = head * width + c, min(PIECE, width - c)
+            if drawn != (n, cell, first):
+                _decide(kept, first // 4, (first + number + 3) // 4, cell, n, how)
+                drawn = (n, cell, first)
+            part, to, mask = source[c : c + number], target[c : c + number], kept[first % 4 : first % 4 + number]
+            for i in range(number):
+                to[i] = part[i] * factor if mask[i] else zero
+
+
+@parallel_loop
+def _rows_in_threads(x, y, tokens_first, how, kept_tokens, factor, threads):
+    rows = x.shape[0]
+    for t in prange(threads):
+        _rows(x, y, tokens_first, how, kept_tokens, factor, rows * t // threads, rows * (t + 1) // threads)
+
+
+@loop
+def _decide(kept, first, end, cell, n, how):
+    """The decisions of the calls first..end-1, which are for four channels each."""
+    last, rank, low, high = how.last, how.rank, how.low, how.high
+    c1, c2 = u32(1 + cell), u32(n)
+    for i in range(end - first):
+        w0, w1, w2, w3 = words(u32(first + i), c1, c2, rank, low, high)
+        kept[4 * i], kept[4 * i + 1], kept[4 * i + 2], kept[4 * i + 3] = w0 > last, w1 > last, w2 > last, w3 > last
+
+
+@loop
+def _count(channels, how, total, begin, end):
+    """Adds the dropped elements of the tokens begin..end-1 of all samples to total[0]."""
+    last, rank, low, high = how.last, how.rank, how.low, how.high
+    dropped, of_cell = np.int64(0), np.int64(0)
+    drawn = (-1, -1)
+    for p in range(begin, end):
+        n, t = p // how.tokens, p % how.tokens
+        place = t + np.int64(how.phases[n])
+        span = place // how.period
+        if place - span * how.period >= how.size:
+            continue
+        cell = span if how.share_t else t
+        if drawn != (n, cell):
+            drawn = (n, cell)
+            c1, c2 = u32(1 + cell), u32(n)
+            number = u32(0)
+            for call in range(channels // 4):
+                w0, w1, w2, w3 = words(u32(call), c1, c2, rank, low, high)
+                number += u32(w0 <= last) + u32(w1 <= last) + u32(w2 <= last) + u32(w3 <= last)
+            rest = channels % 4
+            w0, w1, w2, _ = words(u32(channels // 4), c1, c2, rank, low, high)
+            number += u32(rest > 0 and w0 <= last) + u32(rest > 1 and w1 <= last) + u32(rest > 2 and w2 <= last)
+            of_cell = np.int64(number)
+        dropped += of_cell
+    total[0] += dropped
+
+
+@parallel_loop
+def _count_in_threads(channels, how, total, threads):
+    cells = len(how.phases) * how.tokens
+    totals = np.zeros((threads, 8), np.int64)  # a line of the cache for each thread
+    for t in prange(threads):
+        _count(channels, how, totals[t], cells * t // threads, cells * (t + 1) // threads)
+    total[0] = totals[:, 0].sum()
+
+
+# ---- rows of tokens --------------------------------------------------------------------------------------------------
+
+
+@loop
+def _covered(n, first, end, how, at, which, cells):
+    """Lists the covered ones of the tokens first..end-1 of a sample, from `first` on, and the cells that decide.
+
+    Token at[i] has the cell cells[which[i]]. Returns how many there are of both.
+    """
+    number, different = 0, 0
+    place = first + np.int64(how.phases[n])
+    span = place // how.period
+    start = first - (place - span * how.period)  # of the span, perhaps before `first`
+    while start < end:
+        for t in range(max(first, start), min(end, start + how.size)):
+            if not how.share_t or t == start or number == 0:
+                cells[different] = u32(span if how.share_t else t)
+                different += 1
+            at[number], which[number] = t - first, different - 1
+            number += 1
+        start += how.period
+        span += 1
+    return number, different
+
+
+@loop
+def _keys(x, y, how, factor, begin, end):
+    """Groups begin..end-1 of four channels, the last of a sample perhaps of fewer, of x (samples, channels, tokens)."""
+    channels, tokens = x.shape[1:]
+    groups = (channels + 3) // 4
+    zero = x.dtype.type(0)
+    last, rank, low, high = how.last, how.rank, how.low, how.high
+    most = min(tokens, PIECE)
+    at, which, cells = np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.uint32)
+    drawn = np.empty(most, np.uint8), np.empty(most, np.uint8), np.empty(most, np.uint8), np.empty(most, np.uint8)
+    kept = np.empty(most, np.uint8)
+    number, different = 0, 0
+    listed = (-1, -1)
+    for group in range(begin, end):
+        n, call = group // groups, group % groups
+        for first in range(0, tokens, PIECE):
+            length = min(PIECE, tokens - first)
+            if listed != (n, first):
+                listed = (n, first)
+                number, different = _covered(n, first, first + length, how, at, which, cells)
+                kept[:] = 1
+            d0, d1, d2, d3 = drawn
+            for i in range(different):
+                w0, w1, w2, w3 = words(u32(call), u32(1) + cells[i], u32(n), rank, low, high)
+                d0[i], d1[i], d2[i], d3[i] = w0 > last, w1 > last, w2 > last, w3 > last
+            for j in range(min(4, channels - 4 * call)):
+                decisions = drawn[j]
+                for i in range(number):
+                    kept[at[i]] = decisions[which[i]]
+                source = x[n, 4 * call + j, first : first + length]
+                target = y[n, 4 * call + j, first : first + length]
+                for i in range(length):
+                    target[i] = source[i] * factor if kept[i] else zero
+
+
+@parallel_loop
+def _keys_in_threads(x, y, how, factor, threads):
+    groups = x.shape[0] * ((x.shape[1] + 3) // 4)
+    for t in prange(threads):
+        _keys(x, y, how, factor, groups * t // threads, groups * (t + 1) // threads)
+
+
+# ---- one decision for all channels -----------------------------------------------------------------------------------
+
+
+def _kept_tokens(how: Pattern) -> np.ndarray:
+    """A byte for each token of each sample, 1 = kept."""
+    kept = np.ones((len(how.phases), how.tokens), np.uint8)
+    _decide_tokens(kept, how)
+    return kept
+
+
+@loop
+def _decide_tokens(kept, how):
+    last, rank, low, high = how.last, how.rank, how.low, how.high
+    samples, tokens = kept.shape
+    most = min(tokens, PIECE)
+    at, which, cells = np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.uint32)
+    decisions = np.empty(most, np.uint8)
+    for n in range(samples):
+        for first in range(0, tokens, PIECE):
+            part = kept[n, first : first + PIECE]
+            number, different = _covered(n, first, first + len(part), how, at, which, cells)
+            for i in range(different):
+                decisions[i] = words(u32(0), u32(1) + cells[i], u32(n), rank, low, high)[0] > last
+            for i in range(number):
+                part[at[i]] = decisions[which[i]]
+
+
+@loop
+def _columns(x, y, kept, factor, begin, end):
+    """Rows begin..end-1 of x (samples, channels, tokens)."""
+    channels, tokens = x.shape[1:]
+    zero = x.dtype.type(0)
+    for r in range(begin, end):
+        n, c = r // channels, r % channels
+        source, target, mask = x[n, c], y[n, c], kept[n]
+        for t in range(tokens):
+            target[t] = source[t] * factor if mask[t] else zero
+
+
+@parallel_loop
+def _columns_in_threads(x, y, kept, factor, threads):
+    rows = x.shape[0] * x.shape[1]
+    for t in prange(threads):
+        _columns(x, y, kept, factor, rows * t // threads, rows * (t + 1) // threads)
