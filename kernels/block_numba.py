@@ -7,6 +7,7 @@ time, in loops over their counters that the compiler turns into vectors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +35,7 @@ CALLS_AT_ONCE = 2048
 ALL = u64(0xFFFFFFFFFFFFFFFF)
 
 
-def count_dropped(shape: torch.Size, blocks: Geometry, seed: int, share_c: bool, rank: int) -> int:
+def count_dropped(shape: Sequence[int], blocks: Geometry, seed: int, share_c: bool, rank: int) -> int:
     """The dropped cells of the planes that are drawn: of one channel a sample with `share_c`."""
     n, c, height, width = shape
     planes = 1 if share_c else c

@@ -7,9 +7,10 @@ in the cache; where all channels of a token share one, they are a byte for each 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numba import prange
 
@@ -27,28 +28,20 @@ from .philox_numba import words
 PIECE = 1 << 14
 
 
-class Pattern(NamedTuple):
-    """What decides, as the loops take it."""
-
-    phases: np.ndarray  # int32, of each sample
-    tokens: int
-    size: int  # 0: nothing is covered
-    period: int
-    last: np.uint32  # the largest word that drops
-    share_t: bool
-    rank: np.uint32
-    low: np.uint32
-    high: np.uint32
+# What decides, as the loops take it: phases of the samples, int32; tokens, size (0: nothing is covered) and period; the
+# largest word that drops; share_t; rank and key. A plain tuple, since Numba keeps compiled code by the types it is for.
+Pattern = tuple[npt.NDArray[np.int32], int, int, int, np.uint32, bool, np.uint32, np.uint32, np.uint32]
 
 
 def pattern(
     samples: int, tokens: int, size: int, period: int, threshold: int, share_t: bool, seed: int, rank: int
 ) -> Pattern:
     phases = np.zeros(samples, np.int32)
-    of_all = u32(rank), *key(seed)
+    low, high = key(seed)
     if size < tokens:
-        _phases(phases, period, *of_all)
-    return Pattern(phases, tokens, size if threshold else 0, period, u32(max(0, threshold - 1)), share_t, *of_all)
+        _phases(phases, period, u32(rank), low, high)
+    last = u32(max(0, threshold - 1))
+    return phases, tokens, size if threshold else 0, period, last, share_t, u32(rank), low, high
 
 
 @loop
@@ -59,7 +52,7 @@ def _phases(phases, period, rank, low, high):
 
 def count_dropped(how: Pattern, channels: int, share_c: bool) -> int:
     """The dropped elements of a call."""
-    cells = len(how.phases) * how.tokens
+    cells = len(how[0]) * how[1]
     if share_c:
         return channels * (cells - int(_kept_tokens(how).sum()))
     total = np.zeros(1, np.int64)
@@ -99,8 +92,9 @@ def apply(x: torch.Tensor, y: torch.Tensor, order: tuple[int, ...], how: Pattern
 @loop
 def _rows(x, y, tokens_first, how, kept_tokens, factor, begin, end):
     """Rows begin..end-1 of x (samples * heads * tokens, or tokens * samples; channels of a head)."""
-    samples, width = len(how.phases), x.shape[1]
-    heads = x.shape[0] // (samples * how.tokens)
+    phases, tokens, size, period, _, share_t, _, _, _ = how
+    samples, width = len(phases), x.shape[1]
+    heads = x.shape[0] // (samples * tokens)
     zero = x.dtype.type(0)
     kept = np.empty(min(width, PIECE) + 6, np.uint8)  # up to 3 words more on each side
     drawn = (-1, -1, -1)
@@ -108,14 +102,14 @@ def _rows(x, y, tokens_first, how, kept_tokens, factor, begin, end):
         if tokens_first:
             n, head, t = r % samples, 0, r // samples
         else:
-            n, head, t = r // how.tokens // heads, r // how.tokens % heads, r % how.tokens
+            n, head, t = r // tokens // heads, r // tokens % heads, r % tokens
         source, target = x[r], y[r]
         if len(kept_tokens):
             covered, dropped = False, kept_tokens[n, t] == 0
         else:
-            place = t + np.int64(how.phases[n])
-            span = place // how.period
-            covered, dropped = place - span * how.period < how.size, False
+            place = t + np.int64(phases[n])
+            span = place // period
+            covered, dropped = place - span * period < size, False
         if dropped:
             target[:] = zero
             continue
@@ -123,7 +117,7 @@ def _rows(x, y, tokens_first, how, kept_tokens, factor, begin, end):
             for c in range(width):
                 target[c] = source[c] * factor
             continue
-        cell = span if how.share_t else t
+        cell = span if share_t else t
         for c in range(0, width, PIECE):
             first, number = head * width + c, min(PIECE, width - c)
             if drawn != (n, cell, first):
@@ -144,7 +138,7 @@ def _rows_in_threads(x, y, tokens_first, how, kept_tokens, factor, threads):
 @loop
 def _decide(kept, first, end, cell, n, how):
     """The decisions of the calls first..end-1, which are for four channels each."""
-    last, rank, low, high = how.last, how.rank, how.low, how.high
+    _, _, _, _, last, _, rank, low, high = how
     c1, c2 = u32(1 + cell), u32(n)
     for i in range(end - first):
         w0, w1, w2, w3 = words(u32(first + i), c1, c2, rank, low, high)
@@ -154,16 +148,16 @@ def _decide(kept, first, end, cell, n, how):
 @loop
 def _count(channels, how, total, begin, end):
     """Adds the dropped elements of the tokens begin..end-1 of all samples to total[0]."""
-    last, rank, low, high = how.last, how.rank, how.low, how.high
+    phases, tokens, size, period, last, share_t, rank, low, high = how
     dropped, of_cell = np.int64(0), np.int64(0)
     drawn = (-1, -1)
     for p in range(begin, end):
-        n, t = p // how.tokens, p % how.tokens
-        place = t + np.int64(how.phases[n])
-        span = place // how.period
-        if place - span * how.period >= how.size:
+        n, t = p // tokens, p % tokens
+        place = t + np.int64(phases[n])
+        span = place // period
+        if place - span * period >= size:
             continue
-        cell = span if how.share_t else t
+        cell = span if share_t else t
         if drawn != (n, cell):
             drawn = (n, cell)
             c1, c2 = u32(1 + cell), u32(n)
@@ -181,7 +175,7 @@ def _count(channels, how, total, begin, end):
 
 @parallel_loop
 def _count_in_threads(channels, how, total, threads):
-    cells = len(how.phases) * how.tokens
+    cells = len(how[0]) * how[1]
     totals = np.zeros((threads, 8), np.int64)  # a line of the cache for each thread
     for t in prange(threads):
         _count(channels, how, totals[t], cells * t // threads, cells * (t + 1) // threads)
@@ -197,18 +191,19 @@ def _covered(n, first, end, how, at, which, cells):
 
     Token at[i] has the cell cells[which[i]]. Returns how many there are of both.
     """
+    phases, _, size, period, _, share_t, _, _, _ = how
     number, different = 0, 0
-    place = first + np.int64(how.phases[n])
-    span = place // how.period
-    start = first - (place - span * how.period)  # of the span, perhaps before `first`
+    place = first + np.int64(phases[n])
+    span = place // period
+    start = first - (place - span * period)  # of the span, perhaps before `first`
     while start < end:
-        for t in range(max(first, start), min(end, start + how.size)):
-            if not how.share_t or t == start or number == 0:
-                cells[different] = u32(span if how.share_t else t)
+        for t in range(max(first, start), min(end, start + size)):
+            if not share_t or t == start or number == 0:
+                cells[different] = u32(span if share_t else t)
                 different += 1
             at[number], which[number] = t - first, different - 1
             number += 1
-        start += how.period
+        start += period
         span += 1
     return number, different
 
@@ -219,7 +214,7 @@ def _keys(x, y, how, factor, begin, end):
     channels, tokens = x.shape[1:]
     groups = (channels + 3) // 4
     zero = x.dtype.type(0)
-    last, rank, low, high = how.last, how.rank, how.low, how.high
+    _, _, _, _, last, _, rank, low, high = how
     most = min(tokens, PIECE)
     at, which, cells = np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.uint32)
     drawn = np.empty(most, np.uint8), np.empty(most, np.uint8), np.empty(most, np.uint8), np.empty(most, np.uint8)
@@ -258,16 +253,16 @@ def _keys_in_threads(x, y, how, factor, threads):
 # ---- one decision for all channels -----------------------------------------------------------------------------------
 
 
-def _kept_tokens(how: Pattern) -> np.ndarray:
+def _kept_tokens(how: Pattern) -> npt.NDArray[Any]:
     """A byte for each token of each sample, 1 = kept."""
-    kept = np.ones((len(how.phases), how.tokens), np.uint8)
+    kept = np.ones((len(how[0]), how[1]), np.uint8)
     _decide_tokens(kept, how)
     return kept
 
 
 @loop
 def _decide_tokens(kept, how):
-    last, rank, low, high = how.last, how.rank, how.low, how.high
+    _, _, _, _, last, _, rank, low, high = how
     samples, tokens = kept.shape
     most = min(tokens, PIECE)
     at, which, cells = np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.uint32)

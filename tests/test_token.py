@@ -12,6 +12,8 @@ from mask_contracts import DTYPES
 from mask_contracts import LAYOUTS as MEMORY
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
+from plain_torch import both_ways  # noqa: F401
+from plain_torch import without_numba
 from torch.utils.checkpoint import checkpoint
 from twins import token as twin
 
@@ -56,6 +58,7 @@ def ones(shape: tuple[int, ...], fields: tuple[int, int, float], **arguments: An
 # ---- bits ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("share_t", "sample"), twin.GOLDEN)
 def test_golden_masks(share_t: bool, sample: int) -> None:
     golden = twin.GOLDEN[share_t, sample]
@@ -69,6 +72,7 @@ def test_golden_masks(share_t: bool, sample: int) -> None:
         assert " ".join("".join(".#"[int(cell)] for cell in token) for token in dropped[sample]) == golden
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize(("layout", "shape"), CASES)
 def test_equals_the_naive_twin(layout: str, shape: tuple[int, ...], sharing: tuple[bool, bool]) -> None:
@@ -91,6 +95,7 @@ def test_equals_the_naive_twin(layout: str, shape: tuple[int, ...], sharing: tup
             contracts.check_values(x.to(dtype), y, kept, scale)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_channels_beyond_a_call_and_a_slice() -> None:
     """Channel 2^20 of a token, more than a slice has cells, is decided by the word that the definition names."""
     from autodropout.kernels.philox import philox
@@ -112,7 +117,8 @@ def test_slices_do_not_show(sharing: tuple[bool, bool], monkeypatch: pytest.Monk
         whole = token_dropout(x, (5, 2, 0.4), SEED, "NTC", *sharing, normalize)
         for cells in (1, 6, 13, 20, 78, 100):
             monkeypatch.setattr(token, "SLICE_CELLS", cells)
-            assert torch.equal(token_dropout(x, (5, 2, 0.4), SEED, "NTC", *sharing, normalize), whole)
+            with without_numba():
+                assert torch.equal(token_dropout(x, (5, 2, 0.4), SEED, "NTC", *sharing, normalize), whole)
         monkeypatch.undo()
 
 
@@ -133,6 +139,7 @@ def test_devices_that_list_no_tokens_draw_the_same(share_t: bool) -> None:
 # ---- special cases -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("sides", [(4, 9, 10), (2, 16, 1), (1, 1, 7)])
 class TestSpecialCases:
@@ -154,6 +161,7 @@ class TestSpecialCases:
             assert torch.equal(ones(sides, (size, stride, rate), share_t=True, rank=5), expected)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize(("layout", "shape"), CASES[::2])
 def test_rate_0_keeps_and_rate_1_drops_what_is_covered(
@@ -187,9 +195,11 @@ def test_empty_tensors(shape: tuple[int, ...], normalize: str, sharing: tuple[bo
 @pytest.mark.parametrize("sharing", SHARING, ids=str)
 @pytest.mark.parametrize("layout", ["NHTD", "NHQK"])
 class TestContracts:
+    @pytest.mark.usefixtures("both_ways")
     def test_memory_format(self, layout: str, sharing: tuple[bool, bool]) -> None:
         contracts.check_memory_format(call(layout, sharing), FIELDS)
 
+    @pytest.mark.usefixtures("both_ways")
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_non_finite(self, layout: str, sharing: tuple[bool, bool], dtype: torch.dtype) -> None:
         contracts.check_non_finite(call(layout, sharing), torch.tensor([2, 1, 0.7], dtype=torch.float64), dtype)
@@ -245,6 +255,7 @@ def test_no_recompilation() -> None:
     contracts.check_no_recompilation(call("NHTD", (True, False), "mask"), values)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sharing", SHARING, ids=str)
 def test_memory(sharing: tuple[bool, bool]) -> None:
     """Beyond the output: a bounded amount, however large the activation."""
