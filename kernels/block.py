@@ -346,10 +346,10 @@ def _scale(
             if seed.device.type == "cpu" and has_numba():
                 from . import block_numba
 
-                dropped += block_numba.count_dropped(shape, blocks, int(seed), share_c, rank)
-            else:
-                for _, part in _dropped(shape, blocks, seed, share_c, rank):
-                    dropped += torch.count_nonzero(part)
+                kept = size - block_numba.count_dropped(shape, blocks, int(seed), share_c, rank)
+                return torch.tensor(size / kept if kept else 0.0, dtype=torch.float64, device=seed.device)
+            for _, part in _dropped(shape, blocks, seed, share_c, rank):
+                dropped += torch.count_nonzero(part)
         return scale_of_mask(size, size - dropped * (shape[1] if share_c else 1))
     value = 1 / (1 - rate) if normalize == "expected" else 1.0
     return torch.full((), value, dtype=torch.float64, device=seed.device)

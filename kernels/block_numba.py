@@ -36,14 +36,15 @@ ALL = u64(0xFFFFFFFFFFFFFFFF)
 
 
 def count_dropped(shape: Sequence[int], blocks: Geometry, seed: int, share_c: bool, rank: int) -> int:
-    """The dropped cells of the planes that are drawn: of one channel a sample with `share_c`."""
+    """The dropped cells of a call with x of this shape."""
     n, c, height, width = shape
     planes = 1 if share_c else c
     total = np.zeros(1, np.int64)
     if len(blocks.thresholds):
         how = planes, *_arguments(blocks, seed, rank)
-        run(_count, _count_in_threads, n * planes, n * planes * height * width, n * planes, height, width, *how, total)
-    return int(total[0])
+        size = n * planes * height * width // 8  # of the bits; where cores are busy a second thread may wait for 8 ms
+        run(_count, _count_in_threads, n * planes, size, n * planes, height, width, *how, total)
+    return int(total[0]) * (c if share_c else 1)
 
 
 def apply(

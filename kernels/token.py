@@ -278,8 +278,9 @@ def _scale(
         from . import token_numba
 
         pattern = token_numba.pattern(N, T, *read_fields(fields), share_t, int(seed), rank)
-        dropped = torch.tensor(token_numba.count_dropped(pattern, C, share_c))
-    elif share_c:
+        kept = N * T * C - token_numba.count_dropped(pattern, C, share_c)
+        return torch.tensor(N * T * C / kept if kept else 0.0, dtype=torch.float64, device=seed.device)
+    if share_c:
         dropped = _dropped_tokens(N, T, fields, seed, share_t, rank).sum() * C
     else:
         dropped = torch.zeros((), dtype=torch.int64, device=seed.device)

@@ -56,7 +56,8 @@ def count_dropped(how: Pattern, channels: int, share_c: bool) -> int:
     if share_c:
         return channels * (cells - int(_kept_tokens(how).sum()))
     total = np.zeros(1, np.int64)
-    run(_count, _count_in_threads, cells, cells * channels, channels, how, total)
+    # As if a decision were a bit: where cores are busy, a second thread may wait for longer than few of them take.
+    run(_count, _count_in_threads, cells, cells * channels // 8, channels, how, total)
     return int(total[0])
 
 
