@@ -46,9 +46,11 @@ from .checks import check_flag
 from .checks import check_maps
 from .checks import check_real
 from .compiled import has_numba
+from .compiled import is_dense
 from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import compute_type
+from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .masking import write_masked
 from .masking import write_product
@@ -346,8 +348,8 @@ def _scale(
             if seed.device.type == "cpu" and has_numba():
                 from . import block_numba
 
-                kept = size - block_numba.count_dropped(shape, blocks, int(seed), share_c, rank)
-                return torch.tensor(size / kept if kept else 0.0, dtype=torch.float64, device=seed.device)
+                counted = block_numba.count_dropped(shape, blocks, int(seed), share_c, rank)
+                return torch.tensor(scale_of_counts(size, counted), dtype=torch.float64, device=seed.device)
             for _, part in _dropped(shape, blocks, seed, share_c, rank):
                 dropped += torch.count_nonzero(part)
         return scale_of_mask(size, size - dropped * (shape[1] if share_c else 1))
@@ -370,12 +372,11 @@ def _apply(
 
         with torch.cuda.device(x.device):
             return block_triton.apply(x, blocks, seed, scale, share_c, rank)
-    if x.device.type == "cpu" and has_numba():
+    if x.device.type == "cpu" and has_numba() and is_dense(x):
         from . import block_numba
 
-        if block_numba.is_dense(x):
-            block_numba.apply(x, y, blocks, int(seed), scale.item(), share_c, rank)
-            return y
+        block_numba.apply(x, y, blocks, int(seed), scale.item(), share_c, rank)
+        return y
     if x.device.type == "cpu" and not share_c and float(blocks.mean) * math.prod(blocks.block) < SPARSE * H * W:
         _apply_sparse(y, x, blocks, seed, scale, rank)
     else:

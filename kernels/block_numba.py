@@ -15,16 +15,16 @@ import torch
 from numba import prange
 
 from .compiled import array
+from .compiled import factor_of
 from .compiled import loop
 from .compiled import parallel_loop
 from .compiled import run
-from .masking import compute_type
+from .compiled import scale_rest_
 from .philox_numba import below
 from .philox_numba import key
 from .philox_numba import u32
 from .philox_numba import u64
 from .philox_numba import words
-from .tiled_numba import is_dense as is_dense
 
 if TYPE_CHECKING:
     from .block import Geometry
@@ -52,9 +52,7 @@ def apply(
 ) -> None:
     """Writes the masked product to y, which is contiguous or channels_last, and laid out as x."""
     n, c, height, width = x.shape
-    # In 16 bits the loop copies integers, the scale follows.
-    factor = {torch.float64: np.float64(scale), torch.float32: np.float32(scale)}.get(x.dtype, np.int16(1))
-    how = 1 if share_c else c, *_arguments(blocks, seed, rank), factor
+    how = 1 if share_c else c, *_arguments(blocks, seed, rank), factor_of(x, scale)
     size = x.numel() * x.element_size()
     if x.is_contiguous():
         planes = (array(t.view(n * c, height * width)) for t in (x, y))
@@ -62,8 +60,7 @@ def apply(
     else:
         by_row = (array(t.permute(0, 2, 3, 1).view(n * height, width * c)) for t in (x, y))
         run(_rows, _rows_in_threads, n * height, size, *by_row, height, width, *how)
-    if x.dtype != compute_type(x) and scale != 1:
-        y.mul_(scale)
+    scale_rest_(y, scale)
 
 
 def _arguments(blocks: Geometry, seed: int, rank: int) -> tuple[object, ...]:

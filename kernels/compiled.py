@@ -16,6 +16,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -87,6 +88,24 @@ def run(one: Callable[..., Any], several: Callable[..., Any], parts: int, size: 
             several(*arguments, threads)
         finally:
             numba.set_num_threads(before)
+
+
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether loops take this activation: contiguous, or a map (N, C, H, W) in channels_last."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def factor_of(x: torch.Tensor, scale: float) -> Any:
+    """What a loop multiplies kept elements of `array(x)` by. 16-bit floats are integers there, which 1 leaves alone."""
+    if x.dtype == torch.float64:
+        return np.float64(scale)
+    return np.float32(scale) if x.dtype == torch.float32 else np.int16(1)
+
+
+def scale_rest_(y: torch.Tensor, scale: float) -> None:
+    """After the loop: the product where `factor_of` could not hold the scale, formed in float32 and cast."""
+    if y.dtype in (torch.float16, torch.bfloat16) and scale != 1:
+        y.mul_(scale)
 
 
 def array(x: torch.Tensor) -> npt.NDArray[Any]:

@@ -36,6 +36,11 @@ def scale_of_mask(size: int, kept: torch.Tensor) -> torch.Tensor:
     return torch.where(kept > 0, torch.div(total, kept.to(torch.float64)), 0.0)
 
 
+def scale_of_counts(size: int, dropped: int) -> float:
+    """The same of numbers that the host knows."""
+    return size / (size - dropped) if dropped < size else 0.0
+
+
 def write_product(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> None:
     """`out = x * factor` (which broadcasts), formed in the compute type, that of `factor`, and then cast."""
     if x.dtype == factor.dtype:

@@ -33,8 +33,10 @@ from .checks import check_activation
 from .checks import check_choice
 from .checks import check_flag
 from .compiled import has_numba
+from .compiled import is_dense
 from .masking import compute_type
 from .masking import is_finite
+from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .philox import below
 from .philox import philox
@@ -146,9 +148,8 @@ def _draw(
         from . import tiled_numba
 
         dropped = tiled_numba.place(starts, atlas, int(seed), rank)
-        size = starts.numel() * h * w
-        quotient = size / (size - dropped) if dropped < size else 0.0
-        scale = quotient if normalize == "mask" else fixed_scale(atlas, normalize)
+        of_mask = scale_of_counts(starts.numel() * h * w, dropped)
+        scale = of_mask if normalize == "mask" else fixed_scale(atlas, normalize)
         return starts, torch.tensor(scale, dtype=torch.float64, device=seed.device)
     at_once = max(1, PLACED_AT_ONCE // planes)
     channels = torch.arange(planes, device=seed.device)
@@ -228,12 +229,11 @@ def _apply_on_cpu(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: to
     n, c, h, w = x.shape
     y = torch.empty_like(x)
     factor = scale.item()
-    if has_numba():
+    if has_numba() and is_dense(x):
         from . import tiled_numba
 
-        if tiled_numba.is_dense(x):
-            tiled_numba.apply(x, y, atlas, starts, factor)
-            return y
+        tiled_numba.apply(x, y, atlas, starts, factor)
+        return y
     # In 16 bits the mask cannot carry the scale without rounding it: it multiplies by 0 and 1, the scale follows.
     carries_scale = x.dtype == compute_type(x)
     flat = atlas.kept_flat

@@ -13,10 +13,11 @@ from numba import prange
 
 from .atlas import Atlas
 from .compiled import array
+from .compiled import factor_of
 from .compiled import loop
 from .compiled import parallel_loop
 from .compiled import run
-from .masking import compute_type
+from .compiled import scale_rest_
 from .philox_numba import below
 from .philox_numba import key
 from .philox_numba import u32
@@ -44,11 +45,6 @@ def _place(starts, counts, height, width, rank, low, high):
     return dropped
 
 
-def is_dense(x: torch.Tensor) -> bool:
-    """Whether the loops take this (N, C, H, W): contiguous or channels_last."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-
 def apply(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: float) -> None:
     """Writes the masked product to y, which is dense and laid out as x."""
     n, c, height, width = x.shape
@@ -58,8 +54,7 @@ def apply(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.Tensor, 
     if flat is None:  # the first cell of a window in the atlas
         top, column = starts % (2 * height - 1), starts // (2 * height - 1)
         first = top.long() * pitch + width - 1 - column
-    # In 16 bits the loop selects integers, which a product with 1 leaves as they are; the scale follows.
-    factor = {torch.float64: np.float64(scale), torch.float32: np.float32(scale)}.get(x.dtype, np.int16(1))
+    factor = factor_of(x, scale)
     size = x.numel() * x.element_size()
     if x.is_contiguous():
         planes = (array(t).reshape(n * c, rows, cells) for t in (x, y))
@@ -70,8 +65,7 @@ def apply(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.Tensor, 
         fragments = n * rows * -(-cells // 8)
         places = array(tables.fragments), array(first), tables.start_step if tables.flat else 1, pitch, tables.step
         run(_fragments, _fragments_in_threads, fragments, size, *map(array, by_pixel), *places, factor)
-    if x.dtype != compute_type(x) and scale != 1:
-        y.mul_(scale)
+    scale_rest_(y, scale)
 
 
 @loop

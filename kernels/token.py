@@ -34,6 +34,7 @@ from .checks import check_real
 from .compiled import has_numba
 from .masking import SLICE_CELLS
 from .masking import boxes
+from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .masking import write_masked
 from .philox import below
@@ -278,8 +279,8 @@ def _scale(
         from . import token_numba
 
         pattern = token_numba.pattern(N, T, *read_fields(fields), share_t, int(seed), rank)
-        kept = N * T * C - token_numba.count_dropped(pattern, C, share_c)
-        return torch.tensor(N * T * C / kept if kept else 0.0, dtype=torch.float64, device=seed.device)
+        scale = scale_of_counts(N * T * C, token_numba.count_dropped(pattern, C, share_c))
+        return torch.tensor(scale, dtype=torch.float64, device=seed.device)
     if share_c:
         dropped = _dropped_tokens(N, T, fields, seed, share_t, rank).sum() * C
     else:

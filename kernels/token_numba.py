@@ -15,10 +15,11 @@ import torch
 from numba import prange
 
 from .compiled import array
+from .compiled import factor_of
 from .compiled import loop
 from .compiled import parallel_loop
 from .compiled import run
-from .masking import compute_type
+from .compiled import scale_rest_
 from .philox_numba import below
 from .philox_numba import key
 from .philox_numba import u32
@@ -69,8 +70,7 @@ def order(by_token: torch.Tensor) -> tuple[int, ...] | None:
 
 def apply(x: torch.Tensor, y: torch.Tensor, order: tuple[int, ...], how: Pattern, scale: float, share_c: bool) -> None:
     """Writes the masked product to y. Both are views (n, t, a, b), channel a * B + b, that lie in memory in `order`."""
-    # In 16 bits the loop selects integers, which a product with 1 leaves as they are; the scale follows.
-    factor = {torch.float64: np.float64(scale), torch.float32: np.float32(scale)}.get(x.dtype, np.int16(1))
+    factor = factor_of(x, scale)
     n, t, a, b = x.shape
     size = x.numel() * x.element_size()
     by_key = order == (0, 2, 3, 1)
@@ -83,8 +83,7 @@ def apply(x: torch.Tensor, y: torch.Tensor, order: tuple[int, ...], how: Pattern
     else:
         kept = _kept_tokens(how) if share_c else np.empty((0, 0), np.uint8)
         run(_rows, _rows_in_threads, len(both[0]), size, *both, order == (1, 0, 2, 3), how, kept, factor)
-    if x.dtype != compute_type(x) and scale != 1:
-        y.mul_(scale)
+    scale_rest_(y, scale)
 
 
 # ---- rows of channels ------------------------------------------------------------------------------------------------
