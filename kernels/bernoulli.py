@@ -14,8 +14,9 @@ counter
 and drops when the word is below `floor(rate * 2^32)`, compared in 64 bits: rate 1 drops everything, rate 0 nothing.
 
 One pass reads and writes x; the mask is drawn again in backward, never saved. On the GPU the kernels of
-bernoulli_triton.py run. Here Philox is computed in int64, for so many decisions at a time that the temporaries stay
-within a few megabytes, and a mask of shared decisions multiplies x as a factor.
+bernoulli_triton.py run, on the CPU the loops of bernoulli_numba.py where Numba is installed. Without it Philox is
+computed in int64, for so many decisions at a time that the temporaries stay within a few megabytes, and a mask of
+shared decisions multiplies x as a factor.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from importlib.util import find_spec
 
 import torch
 
+from .bernoulli_form import form_of
+from .bernoulli_form import is_laid_out_as
 from .checks import NORMALIZE
 from .checks import check_activation
 from .checks import check_choice
 from .checks import check_fields
 from .checks import check_real
+from .compiled import has_numba
 from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import scale_of_mask
@@ -152,6 +156,10 @@ def _dropped(
 
 def _dropped_run(samples: slice, first: int, count: int, threshold: int, seed: torch.Tensor, rank: int) -> torch.Tensor:
     """Decisions first..first+count-1 of some samples: bool (samples, count), True = dropped."""
+    if seed.device.type == "cpu" and has_numba():
+        from . import bernoulli_numba
+
+        return ~bernoulli_numba.draw(samples, first, count, threshold, int(seed), rank)
     low, high = first // 4, (first + count + 3) // 4
     call = torch.arange(low, high, device=seed.device)[None]
     sample = torch.arange(samples.start, samples.stop, device=seed.device)[:, None]
@@ -171,17 +179,22 @@ def _scale(
     rate, shared = _rate_of(fields), _dims(shared_bits)
     if normalize == "mask":
         size = math.prod(shape)
+        samples = 1 if 0 in shared else shape[0]
         decisions = math.prod(side for dim, side in enumerate(shape) if dim not in shared)
         if size and _triton_runs_on(seed.device):
             from . import bernoulli_triton
 
             with torch.cuda.device(seed.device):  # Triton launches on the current device
-                samples = 1 if 0 in shared else shape[0]
                 return bernoulli_triton.scale_of_mask(
                     seed, samples, decisions // samples, size, threshold_of(rate), rank
                 )
         dropped = torch.zeros((), dtype=torch.int64, device=seed.device)
-        if size:
+        if size and seed.device.type == "cpu" and has_numba():
+            from . import bernoulli_numba
+
+            dropped += bernoulli_numba.dropped_of(samples, decisions // samples, threshold_of(rate), int(seed), rank)
+            dropped *= size // decisions
+        elif size:
             for _, part in _dropped(shape, rate, seed, shared, rank):
                 dropped += torch.count_nonzero(part)
             dropped *= size // decisions
@@ -204,6 +217,13 @@ def _apply(
         with torch.cuda.device(x.device):
             return bernoulli_triton.apply(x, shared, threshold_of(rate), seed, scale, rank)
     y = torch.empty_like(x)
+    if x.device.type == "cpu" and has_numba():
+        form = form_of(x.shape, x.stride(), shared) if is_laid_out_as(x, y) else None
+        if form is not None:
+            from . import bernoulli_numba
+
+            bernoulli_numba.apply(x, y, form, threshold_of(rate), int(seed), scale.item(), rank)
+            return y
     for box, dropped in _dropped(x.shape, rate, seed, shared, rank):
         _write(y[box], x[box], scale, dropped)
     return y

@@ -22,12 +22,14 @@ kernel; as a Python number it would be compiled in or passed as float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from .bernoulli_form import Form
+from .bernoulli_form import form_of
+from .bernoulli_form import is_laid_out_as
 from .words_triton import divisor
 from .words_triton import product
 from .words_triton import quotient
@@ -354,54 +356,6 @@ def count_kernel(
         tl.store(scale_ptr, tl.where(total > 0, quotient, 0.0))
 
 
-# ---- where decisions lie in memory ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Form:
-    """A dense tensor as the kernels see it: (samples, outer, decisions, inner) in the order of memory.
-
-    All cells of `outer` and `inner` share a decision. With `places` (then outer = inner = 1) the decisions lie as
-    (decisions / places channels within places), numbered channel by channel.
-    """
-
-    samples: int
-    outer: int
-    decisions: int
-    inner: int
-    places: int = 0
-
-
-def form_of(shape: Sequence[int], strides: Sequence[int], shared: Sequence[int]) -> Form | None:
-    """The form of a dense tensor without empty dimensions; None if it has none of those that the kernels know."""
-    number_stride, number = {}, 1
-    for dim in range(len(shape) - 1, 0, -1):
-        number_stride[dim] = 0 if dim in shared else number
-        number *= 1 if dim in shared else shape[dim]
-    number_stride[0] = 0
-    memory = sorted((dim for dim, side in enumerate(shape) if side > 1), key=lambda dim: -strides[dim])
-    samples = 1
-    if 0 in memory and 0 not in shared:
-        if memory[0] != 0:
-            return None
-        samples = shape[0]
-        del memory[0]
-    groups: list[tuple[int, int]] = []  # neighbours in memory whose numbers go on without a break: size, stride
-    for dim in memory:
-        size, stride = shape[dim], number_stride[dim]
-        if groups and groups[-1][1] == size * stride:
-            size *= groups.pop()[0]
-        groups.append((size, stride))
-    strides_left = [stride for _, stride in groups]
-    if len(groups) == 2 and strides_left == [1, groups[0][0]]:
-        return Form(samples, 1, number, 1, places=groups[0][0])
-    outer = groups.pop(0)[0] if strides_left[:1] == [0] and len(groups) > 1 else 1
-    inner = groups.pop()[0] if strides_left[-1:] == [0] else 1
-    if len(groups) > 1 or (groups and groups[0][1] != 1):
-        return None
-    return Form(samples, outer, number, inner)
-
-
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
 
@@ -429,7 +383,7 @@ def apply(
     """
     y = torch.empty_like(x)
     source = x
-    if any(a != b for a, b, side in zip(x.stride(), y.stride(), x.shape, strict=True) if side > 1):
+    if not is_laid_out_as(x, y):
         source = y.copy_(x)
     form = form_of(y.shape, y.stride(), shared)
     if form is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import mask_contracts as contracts
@@ -16,6 +17,7 @@ from mask_contracts import DTYPES
 from mask_contracts import LAYOUTS
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
+from plain_torch import without_numba
 from twins import bernoulli_numpy as twin
 
 from autodropout import BernoulliPattern
@@ -113,16 +115,19 @@ def test_one_dimension_is_a_batch_of_single_cells() -> None:
 
 
 @pytest.mark.parametrize("shared", [*SHARED, (1,), (0,), (1, 3)])
-def test_slices_do_not_show(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", ["channels_last", "sliced"])
+def test_slices_do_not_show(layout: str, shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The work is cut at other places: between samples, channels, rows, and at indices that are no multiples of 4."""
     from autodropout.kernels import bernoulli
 
-    x = contracts.activation("channels_last")
+    x = contracts.activation(layout)
     for normalize in ("expected", "mask"):
         whole = bernoulli_dropout(x, 0.4, SEED, shared, normalize)
         for cells in (1, 5, 7, 13, 42, 50, 210, 420):
             monkeypatch.setattr(bernoulli, "SLICE_CELLS", cells)
-            assert torch.equal(bernoulli_dropout(x, 0.4, SEED, shared, normalize), whole)
+            for way in (nullcontext(), without_numba()):
+                with way:
+                    assert torch.equal(bernoulli_dropout(x, 0.4, SEED, shared, normalize), whole)
         monkeypatch.undo()
 
 
@@ -146,8 +151,10 @@ def test_indices_beyond_32_bits_of_calls() -> None:
     words = [philox(c, 1, 0, 3, key_of(SEED)) for c in (0, 1)]
     before = philox(2**32 - 1, 0, 0, 3, key_of(SEED))
     expected = [int(before[3]), *(int(w) for w in words[0]), int(words[1][0])]
-    dropped = _dropped_run(slice(0, 1), 2**34 - 1, 6, 2**31, torch.tensor(SEED), 3)
-    assert dropped[0].tolist() == [word < 2**31 for word in expected]
+    for way in (nullcontext(), without_numba()):
+        with way:
+            dropped = _dropped_run(slice(0, 1), 2**34 - 1, 6, 2**31, torch.tensor(SEED), 3)
+        assert dropped[0].tolist() == [word < 2**31 for word in expected]
 
 
 @pytest.mark.parametrize("shared", SHARED)
@@ -248,8 +255,10 @@ class TestContracts:
         """Beyond the output: a bounded amount, although samples are large; unsliced, Philox alone would take 24 MB."""
         for dtype in (torch.float32, torch.bfloat16) if shared == "map" else (torch.float32,):
             x = torch.ones((2, 32, 256, 128), dtype=dtype)
-            peak = contracts.peak_bytes(lambda x=x: bernoulli_dropout(x, RATE, SEED, shared))
-            assert peak - x.nbytes <= 12 * 2**20
+            for way in (nullcontext(), without_numba()):
+                with way:
+                    peak = contracts.peak_bytes(lambda x=x: bernoulli_dropout(x, RATE, SEED, shared))
+                assert peak - x.nbytes <= 12 * 2**20
 
 
 def test_contracts_of_shared_dimensions() -> None:

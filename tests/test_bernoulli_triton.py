@@ -62,7 +62,7 @@ pytestmark = pytest.mark.usefixtures("filled_memory")
 
 
 def kind_of(x: torch.Tensor, shared: list[int]) -> str:
-    from autodropout.kernels.bernoulli_triton import form_of
+    from autodropout.kernels.bernoulli_form import form_of
 
     form = form_of(x.shape, x.stride(), shared)
     if form is None:
@@ -152,8 +152,8 @@ def test_the_count_is_that_of_the_mask(samples: int, decisions: int, cells: int)
 
 
 def test_forms_of_memory() -> None:
-    from autodropout.kernels.bernoulli_triton import Form
-    from autodropout.kernels.bernoulli_triton import form_of
+    from autodropout.kernels.bernoulli_form import Form
+    from autodropout.kernels.bernoulli_form import form_of
 
     def form(shape: tuple[int, ...], shared: list[int], last: bool = False) -> Form | None:
         x = torch.empty(shape, device="meta")
