@@ -38,6 +38,7 @@ from .checks import check_real
 from .compiled import has_numba
 from .masking import SLICE_CELLS
 from .masking import boxes
+from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .masking import write_masked
 from .philox import MASK32
@@ -188,13 +189,14 @@ def _scale(
                 return bernoulli_triton.scale_of_mask(
                     seed, samples, decisions // samples, size, threshold_of(rate), rank
                 )
-        dropped = torch.zeros((), dtype=torch.int64, device=seed.device)
         if size and seed.device.type == "cpu" and has_numba():
             from . import bernoulli_numba
 
-            dropped += bernoulli_numba.dropped_of(samples, decisions // samples, threshold_of(rate), int(seed), rank)
-            dropped *= size // decisions
-        elif size:
+            counted = bernoulli_numba.dropped_of(samples, decisions // samples, threshold_of(rate), int(seed), rank)
+            scale = scale_of_counts(decisions, counted)
+            return torch.tensor(scale, dtype=torch.float64, device=seed.device)
+        dropped = torch.zeros((), dtype=torch.int64, device=seed.device)
+        if size:
             for _, part in _dropped(shape, rate, seed, shared, rank):
                 dropped += torch.count_nonzero(part)
             dropped *= size // decisions

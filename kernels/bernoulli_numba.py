@@ -13,10 +13,11 @@ from numba import prange
 
 from .bernoulli_form import Form
 from .compiled import array
+from .compiled import factor_of
 from .compiled import loop
 from .compiled import parallel_loop
 from .compiled import run
-from .masking import compute_type
+from .compiled import scale_rest_
 from .philox_numba import key
 from .philox_numba import u32
 from .philox_numba import u64
@@ -43,9 +44,9 @@ def dropped_of(samples: int, decisions: int, threshold: int, seed: int, rank: in
     """How many of the decisions, so many in each sample, drop."""
     length = min(RUN, decisions)
     runs, size = samples * -(-decisions // length), samples * decisions * COUNTED
-    kept = np.zeros(runs, np.int64)
+    kept = np.zeros(torch.get_num_threads(), np.int64)
     drawn_by = u64(threshold), u32(rank), *key(seed)
-    run(_count, _count_in_threads, runs, size, kept, decisions, length, *drawn_by)
+    run(_count, _count_in_threads, runs, size, kept, runs, decisions, length, *drawn_by)
     return samples * decisions - int(kept.sum())
 
 
@@ -59,9 +60,7 @@ def draw(samples: slice, first: int, count: int, threshold: int, seed: int, rank
 
 def apply(x: torch.Tensor, y: torch.Tensor, form: Form, threshold: int, seed: int, scale: float, rank: int) -> None:
     """Writes the masked product to y, which is dense and laid out as x."""
-    # In 16 bits the loop selects integers, which a product with 1 leaves as they are; the scale follows.
-    factor = {torch.float64: np.float64(scale), torch.float32: np.float32(scale)}.get(x.dtype, np.int16(1))
-    size = x.numel() * x.element_size()
+    factor, size = factor_of(x, scale), x.numel() * x.element_size()
     source, target = (array(t.as_strided((t.numel(),), (1,))) for t in (x, y))
     drawn_by = u64(threshold), u32(rank), *key(seed)
     sides: tuple[int, ...]
@@ -75,8 +74,7 @@ def apply(x: torch.Tensor, y: torch.Tensor, form: Form, threshold: int, seed: in
         runs = form.samples * -(-form.decisions // length) * form.outer
         cells = source.reshape(sides), target.reshape(sides)
         run(_runs, _runs_in_threads, runs, size, *cells, length, factor, *drawn_by)
-    if x.dtype != compute_type(x) and scale != 1:
-        y.mul_(scale)
+    scale_rest_(y, scale)
 
 
 @loop
@@ -97,26 +95,25 @@ def _draw(kept, call, count, sample, threshold, rank, low, high):
 
 
 @loop
-def _count(counts, decisions, length, threshold, rank, low, high, begin, end):
-    """The decisions kept in runs begin..end-1, as element `begin` of counts."""
-    runs = (decisions + length - 1) // length
+def _count(counts, runs, decisions, length, threshold, rank, low, high, begin, end):
+    """Writes to counts[0] how many decisions of the runs begin..end-1 are kept."""
+    in_sample = (decisions + length - 1) // length
     kept = np.empty(_room(length), np.uint8)
     total = np.int64(0)
     for part in range(begin, end):
-        first = part % runs * length
+        first = part % in_sample * length
         count = min(length, decisions - first)
-        _draw(kept, first // 4, count, u32(part // runs), threshold, rank, low, high)
+        _draw(kept, first // 4, count, u32(part // in_sample), threshold, rank, low, high)
         for i in range(count):
             total += kept[i]
-    counts[begin] = total
+    counts[0] = total
 
 
 @parallel_loop
-def _count_in_threads(counts, decisions, length, threshold, rank, low, high, threads):
-    parts = counts.shape[0]
+def _count_in_threads(counts, runs, decisions, length, threshold, rank, low, high, threads):
     for t in prange(threads):
-        begin, end = parts * t // threads, parts * (t + 1) // threads
-        _count(counts, decisions, length, threshold, rank, low, high, begin, end)
+        begin, end = runs * t // threads, runs * (t + 1) // threads
+        _count(counts[t:], runs, decisions, length, threshold, rank, low, high, begin, end)
 
 
 @loop
