@@ -110,5 +110,6 @@ def scale_rest_(y: torch.Tensor, scale: float) -> None:
 
 def array(x: torch.Tensor) -> npt.NDArray[Any]:
     """The memory of a CPU tensor as NumPy sees it, which knows no bfloat16: 16-bit floats come as int16."""
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     return x.view(torch.int16).numpy() if x.dtype in (torch.float16, torch.bfloat16) else x.numpy()

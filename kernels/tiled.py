@@ -143,14 +143,14 @@ def _draw(
 
         with torch.cuda.device(seed.device):  # Triton launches on the current device
             return tiled_triton.draw(seed, n, c, atlas, share_c, normalize, rank)
-    starts = torch.empty((n, planes), dtype=torch.int32, device=seed.device)
     if seed.device.type == "cpu" and has_numba():
         from . import tiled_numba
 
-        dropped = tiled_numba.place(starts, atlas, int(seed), rank)
+        starts, dropped = tiled_numba.place(n, planes, atlas, int(seed), rank)
         of_mask = scale_of_counts(starts.numel() * h * w, dropped)
         scale = of_mask if normalize == "mask" else fixed_scale(atlas, normalize)
         return starts, torch.tensor(scale, dtype=torch.float64, device=seed.device)
+    starts = torch.empty((n, planes), dtype=torch.int32, device=seed.device)
     at_once = max(1, PLACED_AT_ONCE // planes)
     channels = torch.arange(planes, device=seed.device)
     for first in range(0, n, at_once):

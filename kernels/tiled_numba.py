@@ -24,12 +24,14 @@ from .philox_numba import u32
 from .philox_numba import words
 
 
-def place(starts: torch.Tensor, atlas: Atlas, seed: int, rank: int) -> int:
-    """Writes the starts (N, planes), int32, and returns the dropped cells of all of them.
+def place(samples: int, planes: int, atlas: Atlas, seed: int, rank: int) -> tuple[torch.Tensor, int]:
+    """The starts (samples, planes), int32, and the dropped cells of all of them.
 
     On one thread: 81,920 planes take 0.16 ms, and where other programs use the cores, starting a second one may take 8.
     """
-    return int(_place(array(starts), array(atlas.counts_by_start), atlas.height, atlas.width, u32(rank), *key(seed)))
+    starts = np.empty((samples, planes), np.int32)
+    dropped = _place(starts, array(atlas.counts_by_start), atlas.height, atlas.width, u32(rank), *key(seed))
+    return torch.from_numpy(starts), int(dropped)
 
 
 @loop
