@@ -143,7 +143,8 @@ def _runs(x, y, length, factor, threshold, rank, low, high, begin, end):
         if inner < WIDE:
             source, target = sources.reshape(count * inner), targets.reshape(count * inner)
             for i in range(count * inner):
-                target[i] = source[i] * factor if kept_cells[i] else zero
+                product = source[i] * factor
+                target[i] = product if kept_cells[i] else zero
         else:
             for d in range(count):
                 source, target = sources[d], targets[d]
@@ -195,7 +196,8 @@ def _places(x, y, factor, threshold, rank, low, high, begin, end):
             source, target = x[sample, first + place], y[sample, first + place]
             bit = u32(1 << place)
             for c in range(channels):
-                target[c] = source[c] * factor if bits[c] & bit else zero
+                product = source[c] * factor
+                target[c] = product if bits[c] & bit else zero
 
 
 @parallel_loop

@@ -82,7 +82,8 @@ def _planes(x, y, kept, first, step, pitch, factor, begin, end):
             source, target = x[plane, r], y[plane, r]
             mask = kept[start + r * pitch : start + r * pitch + cells]
             for i in range(cells):
-                target[i] = source[i] * factor if mask[i] else zero
+                product = source[i] * factor
+                target[i] = product if mask[i] else zero
 
 
 @parallel_loop
@@ -113,7 +114,8 @@ def _fragments(x, y, bytes_of, first, step, pitch, apart, factor, begin, end):
             source, target = x[sample, r, 8 * at + b], y[sample, r, 8 * at + b]
             bit = np.uint8(1 << b)
             for c in range(channels):
-                target[c] = source[c] * factor if word[c] & bit else zero
+                product = source[c] * factor
+                target[c] = product if word[c] & bit else zero
 
 
 @parallel_loop

@@ -125,7 +125,8 @@ def _rows(x, y, tokens_first, how, kept_tokens, factor, begin, end):
                 drawn = (n, cell, first)
             part, to, mask = source[c : c + number], target[c : c + number], kept[first % 4 : first % 4 + number]
             for i in range(number):
-                to[i] = part[i] * factor if mask[i] else zero
+                product = part[i] * factor
+                to[i] = product if mask[i] else zero
 
 
 @parallel_loop
@@ -240,7 +241,8 @@ def _keys(x, y, how, factor, begin, end):
                 source = x[n, 4 * call + j, first : first + length]
                 target = y[n, 4 * call + j, first : first + length]
                 for i in range(length):
-                    target[i] = source[i] * factor if kept[i] else zero
+                    product = source[i] * factor
+                    target[i] = product if kept[i] else zero
 
 
 @parallel_loop
@@ -286,7 +288,8 @@ def _columns(x, y, kept, factor, begin, end):
         n, c = r // channels, r % channels
         source, target, mask = x[n, c], y[n, c], kept[n]
         for t in range(tokens):
-            target[t] = source[t] * factor if mask[t] else zero
+            product = source[t] * factor
+            target[t] = product if mask[t] else zero
 
 
 @parallel_loop
