@@ -45,6 +45,12 @@ def expected() -> str:
         return f"{pattern_dropout(torch.ones(64, 16, 32, 32), PATTERN, seed=1).double().sum().item()}\n"
 
 
+def test_an_activation_that_is_negated_lazily() -> None:
+    """Its memory, which a loop reads, holds the opposite."""
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pattern_dropout(torch._neg_view(x), PATTERN, seed=1), -pattern_dropout(x, PATTERN, seed=1))
+
+
 def test_numba_is_loaded_by_the_first_op_that_needs_it() -> None:
     result = python("assert 'numba' not in sys.modules; total(); assert 'numba' in sys.modules")
     assert result.returncode == 0, result.stderr

@@ -6,6 +6,7 @@ An instruction whose name begins with `v_` runs in the vector units, one with `s
 from __future__ import annotations
 
 import re
+from os.path import basename
 
 from .control_flow import Instruction
 from .control_flow import Listing
@@ -19,8 +20,7 @@ _WIDTHS += (("u16", 2), ("i16", 2), ("byte", 1), ("b8", 1), ("u8", 1), ("i8", 1)
 
 
 def read(text: str, file: str) -> Listing:
-    """The first function of an assembler file; of source files only the base names are compared."""
-    base = file.rpartition("/")[2]
+    """The first function of an assembler file; `file` is the name of its source (`compile_launch`)."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     lines: tuple[int, ...] = ()
@@ -29,7 +29,7 @@ def read(text: str, file: str) -> Listing:
             break
         if line.lstrip().startswith(".loc"):
             comment = line.partition(";")[2]
-            lines = tuple(int(number) for name, number in _LOCATION.findall(comment) if name.endswith(base))
+            lines = tuple(int(number) for name, number in _LOCATION.findall(comment) if basename(name) == file)
             continue
         label = _LABEL.match(line)
         if label:

@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from os.path import basename
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def compile_launch(launch: Launch, target: str) -> MachineCode:
     if path.exists():
         return _load(path)
     compiled = triton.compile(source, target=TARGETS[target], options=options.__dict__)
-    file = str(launch.kernel.fn.__code__.co_filename)
+    # Without its folder: Triton's own cache may give what it compiled from a copy of the source that lay elsewhere.
+    file = basename(launch.kernel.fn.__code__.co_filename)
     code = (_read_hip if target.startswith("gfx") else _read_cuda)(compiled, target, file)
     CACHE.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")

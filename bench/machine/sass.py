@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from os.path import basename
 
 from .control_flow import Instruction
 from .control_flow import Listing
@@ -31,7 +32,7 @@ _MEMORY = ("LD", "ST", "ATOM", "RED", "SHFL")
 
 
 def read(text: str, file: str) -> Listing:
-    """The kernel of a cubin; `file` is the path of its source as Triton recorded it."""
+    """The kernel of a cubin; `file` is the name of its source, whose folder may be another (`compile_launch`)."""
     instructions: list[Instruction] = []
     guards: list[bool] = []
     labels: dict[str, int] = {}
@@ -39,7 +40,7 @@ def read(text: str, file: str) -> Listing:
     fresh = True  # whether the next location starts a new chain of inlined calls, or continues one
     for line in text.splitlines():
         if line.lstrip().startswith("//## File"):
-            here = tuple(int(number) for name, number in _LOCATION.findall(line) if name == file)
+            here = tuple(int(number) for name, number in _LOCATION.findall(line) if basename(name) == file)
             lines = here if fresh else lines + here
             fresh = False
             continue

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
+from os.path import basename
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Program:
     """The accesses and loops of one kernel, in the order of the program."""
 
     def __init__(self, text: str, file: str) -> None:
-        """Reads TTIR; `file` is the path of the kernel's source.
+        """Reads TTIR; `file` is the name of the kernel's source.
 
         Raises:
             ValueError: it has calls that were not inlined, or an access whose argument cannot be told.
@@ -222,7 +223,8 @@ class _Places:
     def _of(self, name: str) -> tuple[int, ...]:
         if name not in self._known:
             body = self._named.get(name, "")
-            here = tuple(int(number) for file, number in re.findall(r'"([^"]+)":(\d+)', body) if file == self._file)
+            places = re.findall(r'"([^"]+)":(\d+)', body)
+            here = tuple(int(number) for path, number in places if basename(path) == self._file)
             for other in re.findall(r"#loc\w*", body):
                 here += self._of(other)
             self._known[name] = here

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import basename
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def work_of(launch: Launch, code: MachineCode, turns: dict[int, float] | None = 
         ValueError: how often a loop turns is neither given nor to be derived.
     """
     _, _, bound, _ = bind(launch, code.target)
-    program = _program(code.ttir, str(launch.kernel.fn.__code__.co_filename))
+    program = _program(code.ttir, basename(launch.kernel.fn.__code__.co_filename))
     known = program.turns(bound, launch.grid)
     for place, given in (turns or {}).items():
         known[place] = given
