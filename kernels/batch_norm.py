@@ -13,13 +13,14 @@ plane. With g = grad * mask * scale * (bn > 0), xhat = (x - mean) * rstd, and m 
 
 Mask bits and counters are those of tiled.py. Activations moved on the GPU: forward reads x twice and writes y,
 backward reads x and grad twice and writes dx. The CPU leaves the normalisation to PyTorch's own kernels and does ReLU
-and mask block by block in place, while the block is in the cache.
+and mask in place: in a compiled loop (batch_norm_numba.py), or block by block, while the block is in the cache.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .atlas import Atlas
 from .atlas import atlas_of
 from .checks import check_maps
 from .checks import check_real
+from .compiled import has_numba
 from .masking import compute_type
 from .placements import place
 from .seeds import Seed
@@ -148,15 +150,25 @@ def _forward(
         bn, mean[group], rstd[group] = torch.native_batch_norm(
             _part(x, group), weight[group], bias[group], mean[group], var[group], True, 1.0, eps
         )
-        slope = weight[group] * rstd[group]
-        # No |x - mean| is above sqrt(m) standard deviations: if this is finite, all cells are.
-        ends = weight[group] * math.sqrt(x.numel()) + bias[group].abs() + mean[group] * slope
-        finite = bool(ends.mul_(4).isfinite().all())
-        for block in _blocks(bn):
-            mask.multiply_(bn[block].clamp_min_(0.0), block, group, finite)
+        if _in_loops(bn):
+            from . import batch_norm_numba
+
+            batch_norm_numba.relu_(bn, mask.atlas, mask.starts_of(group), scale.item())
+        else:
+            slope = weight[group] * rstd[group]
+            # No |x - mean| is above sqrt(m) standard deviations: if this is finite, all cells are.
+            ends = weight[group] * math.sqrt(x.numel()) + bias[group].abs() + mean[group] * slope
+            finite = bool(ends.mul_(4).isfinite().all())
+            for block in _blocks(bn):
+                mask.multiply_(bn[block].clamp_min_(0.0), block, group, finite)
         y = _joined(y, x, group, bn)
     assert y is not None
     return y, mean, rstd, var
+
+
+def _in_loops(part: torch.Tensor) -> bool:
+    """Whether ReLU and mask, and their gradient, are compiled loops."""
+    return part.device.type == "cpu" and part.is_contiguous() and has_numba()
 
 
 def _joined(whole: torch.Tensor | None, x: torch.Tensor, group: slice, part: torch.Tensor) -> torch.Tensor:
@@ -201,19 +213,26 @@ class _Mask:
     def __init__(self, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
         self.fields, self.starts, self.scale = fields, starts, scale
         self.atlas = atlas_of(fields, x.shape[2:])
-        self.rows: torch.Tensor | None = None
+        self.compute, self.on_cpu = compute_type(x), x.device.type == "cpu"
+
+    @cached_property
+    def rows(self) -> torch.Tensor | None:
+        """Row `start` is the window that begins in cell start * W. The rows overlap; nothing is written to them."""
         flat = self.atlas.kept_flat
-        if flat is not None and x.device.type == "cpu":
-            height, width = self.atlas.height, self.atlas.width
-            table = flat.to(compute_type(x)).mul_(scale.to(compute_type(x)))
-            # Row `start` is the window that begins in cell start * W. The rows overlap; nothing is written to them.
-            self.rows = table.as_strided((width * (2 * height - 1) - height + 1, height * width), (width, 1))
+        if flat is None or not self.on_cpu:
+            return None
+        height, width = self.atlas.height, self.atlas.width
+        table = flat.to(self.compute).mul_(self.scale.to(self.compute))
+        return table.as_strided((width * (2 * height - 1) - height + 1, height * width), (width, 1))
+
+    def starts_of(self, group: slice) -> torch.Tensor:
+        return self.starts if self.starts.shape[1] == 1 else self.starts[:, group].contiguous()
 
     def multiply_(self, part: torch.Tensor, block: slice, group: slice, finite: bool) -> None:
         """Masks samples `block` and channels `group` in place; dropped cells become 0, also what is not finite."""
-        starts = self.starts[block] if self.starts.shape[1] == 1 else self.starts[block, group]
+        starts = self.starts_of(group)[block]
         if self.rows is None or not part.is_contiguous():
-            part.copy_(torch.ops.autodropout.tiled_apply(part, self.fields, starts.contiguous(), self.scale))
+            part.copy_(torch.ops.autodropout.tiled_apply(part, self.fields, starts, self.scale))
             return
         factors = self.rows.index_select(0, starts.reshape(-1))
         part.mul_(factors.view(*starts.shape, *part.shape[2:]))
@@ -255,10 +274,19 @@ def _backward(
     for group in _groups(x):
         part, of_group = _part(x, group), (weight[group], bias[group], mean[group], rstd[group])
         for finite in (True, False):
-            g = torch.empty_like(part)
-            for block in _blocks(part):
-                _gradient_of_bn(g[block], grad[block, group], part[block], *of_group)
-                mask.multiply_(g[block], block, group, finite)
+            if _in_loops(part):
+                from . import batch_norm_numba
+
+                g = _affine(part, *of_group)
+                of_y = grad[:, group].to(g.dtype).contiguous()
+                batch_norm_numba.gradient_(g, of_y, mask.atlas, mask.starts_of(group), scale.item())
+            else:
+                g = torch.empty_like(part)
+                for block in _blocks(part):
+                    bn = _affine(part[block], *of_group)
+                    of_y = grad[block, group].to(g.dtype)
+                    torch.ops.aten.threshold_backward.grad_input(of_y, bn, 0.0, grad_input=g[block])
+                    mask.multiply_(g[block], block, group, finite)
             gradients = torch.ops.aten.native_batch_norm_backward(
                 g, part, weight[group], None, None, mean[group], rstd[group], True, 0.0, [True, True, True]
             )
@@ -271,19 +299,11 @@ def _backward(
     return dx, dweight.to(types[0]), dbias.to(types[1])
 
 
-def _gradient_of_bn(
-    out: torch.Tensor,
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> None:
-    """`out = grad * (bn > 0)`, before the mask."""
-    # The affine map of forward, in the same operations: the sign comes out the same to the last bit.
-    bn = torch.native_batch_norm(x, weight * rstd, bias, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
-    torch.ops.aten.threshold_backward.grad_input(grad.to(out.dtype), bn, 0.0, grad_input=out)
+def _affine(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> torch.Tensor:
+    """bn once more: the affine map of forward in the same operations, so that its sign is the same to the last bit."""
+    return torch.native_batch_norm(x, weight * rstd, bias, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
 
 
 def _second_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -50,9 +50,7 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
         others = (*ctx.saved_tensors, *ctx.rest)
         return apply(grad, *others), *([None] * len(others))
 
-    def vmap(
-        apply: Apply, in_dims: tuple[int | None, ...], x: torch.Tensor, *others: Any
-    ) -> tuple[torch.Tensor, int]:
+    def vmap(apply: Apply, in_dims: tuple[int | None, ...], x: torch.Tensor, *others: Any) -> tuple[torch.Tensor, int]:
         if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
             raise ValueError(
                 "seed and fields must not be batched by vmap: draw outside it, or call the op once per seed"

@@ -7,7 +7,10 @@ there a byte holds 8 cells (`DeviceTables.fragments`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from numba import prange
 
@@ -22,6 +25,9 @@ from .philox_numba import below
 from .philox_numba import key
 from .philox_numba import u32
 from .philox_numba import words
+
+# x (planes, runs, cells); cells of mask, 1 = kept, in which run r of plane p begins at first[p] * step + r * pitch.
+Windows = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], int, int]
 
 
 def place(samples: int, planes: int, atlas: Atlas, seed: int, rank: int) -> tuple[torch.Tensor, int]:
@@ -49,25 +55,38 @@ def _place(starts, counts, height, width, rank, low, high):
 
 def apply(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: float) -> None:
     """Writes the masked product to y, which is dense and laid out as x."""
-    n, c, height, width = x.shape
-    tables, flat = atlas.on(x.device), atlas.kept_flat
-    rows, cells, pitch = tables.rows, tables.row_cells, tables.pitch
-    first = starts
-    if flat is None:  # the first cell of a window in the atlas
-        top, column = starts % (2 * height - 1), starts // (2 * height - 1)
-        first = top.long() * pitch + width - 1 - column
     factor = factor_of(x, scale)
     size = x.numel() * x.element_size()
     if x.is_contiguous():
-        planes = (array(t).reshape(n * c, rows, cells) for t in (x, y))
-        kept, step = (~atlas.dropped.reshape(-1), 1) if flat is None else (array(flat), width)
-        run(_planes, _planes_in_threads, n * c, size, *planes, kept, array(first).reshape(-1), step, pitch, factor)
+        planes, *masks = windows(x, atlas, starts)
+        run(_planes, _planes_in_threads, len(planes), size, planes, array(y).reshape(planes.shape), *masks, factor)
     else:
+        n, c = x.shape[:2]
+        tables = atlas.on(x.device)
+        rows, cells = tables.rows, tables.row_cells
         by_pixel = (t.permute(0, 2, 3, 1).view(n, rows, cells, c) for t in (x, y))
         fragments = n * rows * -(-cells // 8)
-        places = array(tables.fragments), array(first), tables.start_step if tables.flat else 1, pitch, tables.step
+        first, step = array(_first_cells(atlas, starts)), tables.start_step if tables.flat else 1
+        places = array(tables.fragments), first, step, tables.pitch, tables.step
         run(_fragments, _fragments_in_threads, fragments, size, *map(array, by_pixel), *places, factor)
     scale_rest_(y, scale)
+
+
+def windows(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor) -> Windows:
+    """A contiguous x as planes, and where they find their masks."""
+    tables, flat = atlas.on(x.device), atlas.kept_flat
+    planes = array(x).reshape(-1, tables.rows, tables.row_cells)
+    kept, step = (~atlas.dropped.reshape(-1), 1) if flat is None else (array(flat), atlas.width)
+    return planes, kept, array(_first_cells(atlas, starts)).reshape(-1), step, tables.pitch
+
+
+def _first_cells(atlas: Atlas, starts: torch.Tensor) -> torch.Tensor:
+    """Starts, or without a flat table the first cell of their window in the atlas."""
+    if atlas.kept_flat is not None:
+        return starts
+    height, width = atlas.height, atlas.width
+    top, column = starts % (2 * height - 1), starts // (2 * height - 1)
+    return top.long() * (2 * width - 1) + width - 1 - column
 
 
 @loop

@@ -15,6 +15,7 @@ from batch_norm_cases import DTYPES
 from batch_norm_cases import EPS
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
+from plain_torch import both_ways  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from autodropout import TiledPattern
@@ -69,6 +70,7 @@ TWIN_CASES = [
 ]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("index", "dtype"), TWIN_CASES)
 def test_equals_the_twin(index: int, dtype: torch.dtype) -> None:
     shape = SHAPES[index]
@@ -86,6 +88,7 @@ def test_equals_the_twin(index: int, dtype: torch.dtype) -> None:
         cases.check({"y": y, "dx": x.grad, "dweight": weight.grad, "dbias": bias.grad}, case)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("share_c", [False, True])
 # Not one channel or one cell, where contiguous and channels_last are one and PyTorch may take either kernel.
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 1 and shape[2:] != (1, 1)])
@@ -124,6 +127,7 @@ def test_running_averages(momentum: float, dtype: torch.dtype) -> None:
             assert float((a - b).abs().max()) <= 3 * (step + 1) * torch.finfo(buffers).eps * 16
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_not_a_number_and_infinity(layout: str, dtype: torch.dtype) -> None:
@@ -146,6 +150,7 @@ def test_not_a_number_and_infinity(layout: str, dtype: torch.dtype) -> None:
             assert torch.equal(ours, expected)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_everything_dropped() -> None:
     x = torch.randn(2, 3, 6, 7, requires_grad=True)
     y = fused(x, None, None, fields=TiledPattern(2.0).fields())
@@ -154,6 +159,7 @@ def test_everything_dropped() -> None:
     assert torch.equal(gradient, torch.zeros_like(x))
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_constant_channel_and_a_large_mean() -> None:
     """No variance: bn is the bias, but for the rounding of 5 / sqrt(eps). A large mean costs no digits of the rest."""
     x = torch.full((2, 3, 6, 7), 5.0)
@@ -257,6 +263,7 @@ def test_saved_for_backward(shape: tuple[int, int, int, int], dtype: torch.dtype
     assert ours <= 0.51 * theirs
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_memory_of_the_forward(memory_format: torch.memory_format) -> None:
     """The output, and beyond it at most what a block needs: its mask or masked copy, and the table."""
