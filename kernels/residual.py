@@ -25,6 +25,7 @@ from .atlas import atlas_of
 from .bernoulli import bernoulli_dropout
 from .checks import check_activation
 from .checks import check_maps
+from .compiled import has_numba
 from .masking import compute_type
 from .masking import is_finite
 from .placements import place
@@ -167,10 +168,16 @@ def _add_tiled(
 
         with torch.cuda.device(x.device):
             return residual_triton.add_tiled(x, residual, atlas_of(fields, x.shape[2:]), starts, scale)
+    in_one_type = x.dtype == compute_type(x)
+    if x.device.type == "cpu" and in_one_type and x.is_contiguous() and residual.is_contiguous() and has_numba():
+        from . import residual_numba
+
+        residual_numba.add_tiled(x, residual, y, atlas_of(fields, x.shape[2:]), starts, scale.item())
+        return y
     for block in _blocks(x):
         part = x[block].to(compute_type(x))
         masked = torch.ops.autodropout.tiled_apply(part, fields, starts[block], scale)
-        if x.dtype == masked.dtype:
+        if in_one_type:
             torch.add(masked, residual[block], out=y[block])
         else:
             y[block] = masked.add_(residual[block])

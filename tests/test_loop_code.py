@@ -21,14 +21,15 @@ pytestmark = pytest.mark.skipif(not HAS_AVX2, reason="needs a CPU with AVX2, on 
 CODE = """
 import torch
 from autodropout.kernels import (
-    Atlas, batch_norm_pattern_relu, bernoulli_dropout, block_dropout, tiled_dropout, token_dropout
+    Atlas, batch_norm_pattern_relu, bernoulli_dropout, block_dropout, tiled_dropout, tiled_dropout_add, token_dropout
 )
-from autodropout.kernels import batch_norm_numba, bernoulli_numba, block_numba, tiled_numba, token_numba
+from autodropout.kernels import batch_norm_numba, bernoulli_numba, block_numba, residual_numba, tiled_numba, token_numba
 
 maps, tokens, weights = torch.ones(2, 16, 16, 16), torch.ones(2, 16, 16), torch.ones(2, 4, 16, 16)
 atlas = Atlas.of(0.25, 0.25, 3, 30.0, 0.0, 0.0, 16, 16)
 with_gradient = maps.clone().requires_grad_()
 batch_norm_pattern_relu(with_gradient, None, None, None, None, atlas).backward(maps)
+tiled_dropout_add(maps, maps, atlas)
 for x in (maps, maps.to(memory_format=torch.channels_last)):
     tiled_dropout(x, atlas)
     block_dropout(x, (0.1, 3))
@@ -41,6 +42,7 @@ loops = {
     block_numba: ("_planes", "_rows"),
     batch_norm_numba: ("_relu", "_gradient"),
     bernoulli_numba: ("_runs", "_places"),
+    residual_numba: ("_planes",),
     token_numba: ("_rows", "_keys", "_columns"),
 }
 for module, names in loops.items():
@@ -61,7 +63,7 @@ def test_products_are_vectors_and_reads_are_not_masked(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     loops = [line.split() for line in run.stdout.splitlines()]
-    assert len(loops) == 11
+    assert len(loops) == 12
     for module, name, products, masked in loops:
         assert int(products) > 0, (module, name)
         assert masked == "False", (module, name)

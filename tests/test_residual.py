@@ -12,6 +12,7 @@ from mask_contracts import DTYPES
 from mask_contracts import LAYOUTS
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
+from plain_torch import both_ways  # noqa: F401
 from torch.autograd import forward_ad
 from twins import bernoulli_numpy
 from twins import residual_numpy as twin
@@ -72,6 +73,7 @@ def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int =
     return [torch.randn(shape, generator=generator).to(dtype) for _ in "xr"]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", range(len(SHAPES)))
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,6 +106,7 @@ def test_layouts(kind: str) -> None:
             assert y.stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_two_ops(kind: str, dtype: torch.dtype) -> None:
@@ -132,6 +135,7 @@ def test_all_modes_of_differentiation_agree(kind: str) -> None:
         assert torch.equal(forward_ad.unpack_dual(y).tangent, x.detach())
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_not_a_number_and_infinity(kind: str, dtype: torch.dtype) -> None:
@@ -172,6 +176,7 @@ def test_saved_for_backward(kind: str) -> None:
     assert sum(saved) == {"drop path": 4 * 4, "tiled": 4 * 32 + 56, "tiled shared": 4 * 4 + 56}[kind]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory(kind: str) -> None:
     """The output, and beyond it what a block takes."""
