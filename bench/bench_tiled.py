@@ -20,7 +20,7 @@ from clock import DTYPES
 from clock import ON_GPU
 from conftest import Report
 from interleaved import interleaved
-from plain_torch import without_numba
+from plain_torch import plain
 from timm.layers import drop_block_2d as timm_drop_block
 from torchvision.ops import drop_block2d
 
@@ -43,16 +43,6 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 def ours(shape: tuple[int, ...], share_c: bool) -> Forward:
     atlas = TiledPattern(size=0.25, stride=0.25, repeat=3, rotate=30).atlas(*shape[2:])
     return lambda x: tiled_dropout(x, atlas, share_c=share_c)
-
-
-def plain(shape: tuple[int, ...]) -> Forward:
-    forward = ours(shape, share_c=False)
-
-    def without(x: torch.Tensor) -> torch.Tensor:
-        with without_numba():
-            return forward(x)
-
-    return without
 
 
 def naive(shape: tuple[int, ...]) -> Forward:
@@ -87,7 +77,7 @@ def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype:
         "share_c": ours(shape, share_c=True),
     }
     if not ON_GPU:
-        peers["no Numba"] = plain(shape)
+        peers["no Numba"] = plain(ours(shape, share_c=False))
     per_channel = ours(shape, share_c=False)
     contenders = {name: lambda forward=forward: forward(x) for name, forward in peers.items()}
     report.add("forward", shape, "", interleaved(benchmark, lambda: per_channel(x), contenders, rounds(shape)), dtype)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import ExitStack
 from contextlib import contextmanager
+from typing import ParamSpec
+from typing import TypeVar
 from unittest import mock
 
 import pytest
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -19,6 +25,16 @@ def without_numba() -> Iterator[None]:
             if name in sys.modules:
                 patches.enter_context(mock.patch.object(sys.modules[name], "_imports_numba", return_value=False))
         yield
+
+
+def plain(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run without Numba."""
+
+    def without(*args: P.args, **kwargs: P.kwargs) -> R:
+        with without_numba():
+            return function(*args, **kwargs)
+
+    return without
 
 
 @pytest.fixture(params=[False, True], ids=["pytorch", "numba"])
