@@ -33,7 +33,7 @@ from autodropout import apply_policy
 from autodropout import load_policy
 from autodropout.reproduce.models.wide_resnet import WideResNet
 
-TESTS = ("test_tiled.py", "test_block.py", "test_bernoulli.py")
+TESTS = ("test_tiled.py", "test_tiled_sequences.py", "test_block.py", "test_bernoulli.py")
 BATCH = 64
 ROUNDS = 5
 
