@@ -31,6 +31,7 @@ from .atlas import atlas_of
 from .checks import check_maps
 from .checks import check_real
 from .compiled import has_numba
+from .compiled import is_dense
 from .masking import compute_type
 from .placements import place
 from .seeds import Seed
@@ -168,7 +169,7 @@ def _forward(
 
 def _in_loops(part: torch.Tensor) -> bool:
     """Whether ReLU and mask, and their gradient, are compiled loops."""
-    return part.device.type == "cpu" and part.is_contiguous() and has_numba()
+    return part.device.type == "cpu" and is_dense(part) and has_numba()
 
 
 def _joined(whole: torch.Tensor | None, x: torch.Tensor, group: slice, part: torch.Tensor) -> torch.Tensor:
@@ -278,7 +279,8 @@ def _backward(
                 from . import batch_norm_numba
 
                 g = _affine(part, *of_group)
-                of_y = grad[:, group].to(g.dtype).contiguous()
+                layout = torch.contiguous_format if g.is_contiguous() else torch.channels_last
+                of_y = grad[:, group].to(g.dtype).contiguous(memory_format=layout)
                 batch_norm_numba.gradient_(g, of_y, mask.atlas, mask.starts_of(group), scale.item())
             else:
                 g = torch.empty_like(part)

@@ -1,6 +1,7 @@
 """Compiled loops of batch norm, pattern, ReLU on the CPU (compiled.py): what comes after the normalisation, in place.
 
-For contiguous activations in the compute type; the normalisation is PyTorch's. Masks are read as in tiled_numba.py.
+For activations in the compute type, contiguous or channels_last; the normalisation is PyTorch's. Masks are read as in
+tiled_numba.py.
 """
 
 from __future__ import annotations
@@ -15,22 +16,37 @@ from .compiled import factor_of
 from .compiled import loop
 from .compiled import parallel_loop
 from .compiled import run
+from .tiled_numba import fragments
+from .tiled_numba import gather
+from .tiled_numba import number_of_fragments
 from .tiled_numba import windows
 
 
 def relu_(bn: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: float) -> None:
     """`bn = relu(bn) * mask * scale`; NaN stays, where it is not dropped."""
-    planes, kept, first, step, pitch = windows(bn, atlas, starts)
     size, factor = bn.numel() * bn.element_size(), factor_of(bn, scale)
-    run(_relu, _relu_in_threads, len(planes), size, planes, kept, first, step, pitch, factor)
+    if bn.is_contiguous():
+        planes, *masks = windows(bn, atlas, starts)
+        run(_relu, _relu_in_threads, len(planes), size, planes, *masks, factor)
+    else:
+        pixels, *masks = fragments(bn, atlas, starts)
+        run(_relu_cl, _relu_cl_in_threads, number_of_fragments(pixels), size, pixels, *masks, factor)
 
 
 def gradient_(bn: torch.Tensor, grad: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: float) -> None:
-    """`bn = grad * mask * scale * (bn > 0)`, the gradient of bn; that of NaN is the one of a positive number."""
-    planes, kept, first, step, pitch = windows(bn, atlas, starts)
+    """`bn = grad * mask * scale * (bn > 0)`, the gradient of bn; that of NaN is the one of a positive number.
+
+    grad is laid out as bn.
+    """
     size, factor = bn.numel() * bn.element_size(), factor_of(bn, scale)
-    grads = array(grad).reshape(planes.shape)
-    run(_gradient, _gradient_in_threads, len(planes), size, planes, grads, kept, first, step, pitch, factor)
+    if bn.is_contiguous():
+        planes, *masks = windows(bn, atlas, starts)
+        grads = array(grad).reshape(planes.shape)
+        run(_gradient, _gradient_in_threads, len(planes), size, planes, grads, *masks, factor)
+    else:
+        pixels, *masks = fragments(bn, atlas, starts)
+        grads = array(grad.permute(0, 2, 3, 1)).reshape(pixels.shape)
+        run(_gradient_cl, _gradient_cl_in_threads, number_of_fragments(pixels), size, pixels, grads, *masks, factor)
 
 
 @loop
@@ -78,3 +94,59 @@ def _gradient_in_threads(x, grad, kept, first, step, pitch, factor, threads):
     planes = x.shape[0]
     for t in prange(threads):
         _gradient(x, grad, kept, first, step, pitch, factor, planes * t // threads, planes * (t + 1) // threads)
+
+
+# ---- channels_last ---------------------------------------------------------------------------------------------------
+
+
+@loop
+def _relu_cl(x, bytes_of, first, step, pitch, apart, factor, begin, end):
+    """Fragments begin..end-1 of x (samples, rows, cells, channels), as `tiled_numba._fragments`."""
+    rows, cells, channels = x.shape[1:]
+    in_row = (cells + 7) // 8
+    zero = x.dtype.type(0)
+    word = np.empty(channels, np.uint8)
+    for fragment in range(begin, end):
+        sample, r, at = fragment // (rows * in_row), fragment // in_row % rows, fragment % in_row
+        gather(word, bytes_of, first[sample], step, r * pitch + at * apart)
+        for b in range(min(8, cells - 8 * at)):
+            values = x[sample, r, 8 * at + b]
+            bit = np.uint8(1 << b)
+            for c in range(channels):
+                value = values[c]
+                product = value * factor
+                values[c] = product if (word[c] & bit != 0) & (not value < zero) else zero
+
+
+@parallel_loop
+def _relu_cl_in_threads(x, bytes_of, first, step, pitch, apart, factor, threads):
+    fragments = x.shape[0] * x.shape[1] * ((x.shape[2] + 7) // 8)
+    for t in prange(threads):
+        begin, end = fragments * t // threads, fragments * (t + 1) // threads
+        _relu_cl(x, bytes_of, first, step, pitch, apart, factor, begin, end)
+
+
+@loop
+def _gradient_cl(x, grad, bytes_of, first, step, pitch, apart, factor, begin, end):
+    """The same with gradients of x's shape."""
+    rows, cells, channels = x.shape[1:]
+    in_row = (cells + 7) // 8
+    zero = x.dtype.type(0)
+    word = np.empty(channels, np.uint8)
+    for fragment in range(begin, end):
+        sample, r, at = fragment // (rows * in_row), fragment // in_row % rows, fragment % in_row
+        gather(word, bytes_of, first[sample], step, r * pitch + at * apart)
+        for b in range(min(8, cells - 8 * at)):
+            values, gradients = x[sample, r, 8 * at + b], grad[sample, r, 8 * at + b]
+            bit = np.uint8(1 << b)
+            for c in range(channels):
+                product = gradients[c] * factor
+                values[c] = product if (word[c] & bit != 0) & (not values[c] <= zero) else zero
+
+
+@parallel_loop
+def _gradient_cl_in_threads(x, grad, bytes_of, first, step, pitch, apart, factor, threads):
+    fragments = x.shape[0] * x.shape[1] * ((x.shape[2] + 7) // 8)
+    for t in prange(threads):
+        begin, end = fragments * t // threads, fragments * (t + 1) // threads
+        _gradient_cl(x, grad, bytes_of, first, step, pitch, apart, factor, begin, end)

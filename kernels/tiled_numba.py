@@ -29,6 +29,10 @@ from .philox_numba import words
 # x (planes, runs, cells); cells of mask, 1 = kept, in which run r of plane p begins at first[p] * step + r * pitch.
 Windows = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], int, int]
 
+# x (samples, rows, cells, channels); bytes of mask, a bit for each of 8 cells, 1 = kept, of which fragment f of row r
+# in channel c of sample n has first[n, c] * step + r * pitch + f * apart.
+Fragments = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], int, int, int]
+
 
 def place(samples: int, planes: int, atlas: Atlas, seed: int, rank: int) -> tuple[torch.Tensor, int]:
     """The starts (samples, planes), int32, and the dropped cells of all of them.
@@ -61,14 +65,9 @@ def apply(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.Tensor, 
         planes, *masks = windows(x, atlas, starts)
         run(_planes, _planes_in_threads, len(planes), size, planes, array(y).reshape(planes.shape), *masks, factor)
     else:
-        n, c = x.shape[:2]
-        tables = atlas.on(x.device)
-        rows, cells = tables.rows, tables.row_cells
-        by_pixel = (t.permute(0, 2, 3, 1).view(n, rows, cells, c) for t in (x, y))
-        fragments = n * rows * -(-cells // 8)
-        first, step = array(_first_cells(atlas, starts)), tables.start_step if tables.flat else 1
-        places = array(tables.fragments), first, step, tables.pitch, tables.step
-        run(_fragments, _fragments_in_threads, fragments, size, *map(array, by_pixel), *places, factor)
+        pixels, *masks = fragments(x, atlas, starts)
+        others = array(y.permute(0, 2, 3, 1)).reshape(pixels.shape)
+        run(_fragments, _fragments_in_threads, number_of_fragments(pixels), size, pixels, others, *masks, factor)
     scale_rest_(y, scale)
 
 
@@ -78,6 +77,19 @@ def windows(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor) -> Windows:
     planes = array(x).reshape(-1, tables.rows, tables.row_cells)
     kept, step = (~atlas.dropped.reshape(-1), 1) if flat is None else (array(flat), atlas.width)
     return planes, kept, array(_first_cells(atlas, starts)).reshape(-1), step, tables.pitch
+
+
+def fragments(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor) -> Fragments:
+    """An x in channels_last as rows of pixels, and where their fragments of 8 find their masks."""
+    tables = atlas.on(x.device)
+    pixels = array(x.permute(0, 2, 3, 1)).reshape(x.shape[0], tables.rows, tables.row_cells, x.shape[1])
+    first, step = array(_first_cells(atlas, starts)), tables.start_step if tables.flat else 1
+    return pixels, array(tables.fragments), first, step, tables.pitch, tables.step
+
+
+def number_of_fragments(pixels: npt.NDArray[Any]) -> int:
+    samples, rows, cells, _ = pixels.shape
+    return samples * rows * -(-cells // 8)
 
 
 def _first_cells(atlas: Atlas, starts: torch.Tensor) -> torch.Tensor:
@@ -119,22 +131,27 @@ def _fragments(x, y, bytes_of, first, step, pitch, apart, factor, begin, end):
     A byte of `bytes_of` holds the mask of a fragment in one channel. So the scattered reads are an eighth of the cells,
     and the loop over channels, which follow each other in memory, reads its bytes in order.
     """
-    sharing = x.shape[3] // first.shape[1]
     rows, cells, channels = x.shape[1:]
     in_row = (cells + 7) // 8
     zero = x.dtype.type(0)
     word = np.empty(channels, np.uint8)
     for fragment in range(begin, end):
         sample, r, at = fragment // (rows * in_row), fragment // in_row % rows, fragment % in_row
-        place = r * pitch + at * apart
-        for c in range(channels):
-            word[c] = bytes_of[np.int64(first[sample, c // sharing]) * step + place]
+        gather(word, bytes_of, first[sample], step, r * pitch + at * apart)
         for b in range(min(8, cells - 8 * at)):
             source, target = x[sample, r, 8 * at + b], y[sample, r, 8 * at + b]
             bit = np.uint8(1 << b)
             for c in range(channels):
                 product = source[c] * factor
                 target[c] = product if word[c] & bit else zero
+
+
+@loop
+def gather(word, bytes_of, first, step, place):
+    """Writes the byte of a fragment in every channel; first is of their sample, for all channels or one."""
+    sharing = len(word) // len(first)
+    for c in range(len(word)):
+        word[c] = bytes_of[np.int64(first[c // sharing]) * step + place]
 
 
 @parallel_loop

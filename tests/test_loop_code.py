@@ -27,10 +27,9 @@ from autodropout.kernels import batch_norm_numba, bernoulli_numba, block_numba, 
 
 maps, tokens, weights = torch.ones(2, 16, 16, 16), torch.ones(2, 16, 16), torch.ones(2, 4, 16, 16)
 atlas = Atlas.of(0.25, 0.25, 3, 30.0, 0.0, 0.0, 16, 16)
-with_gradient = maps.clone().requires_grad_()
-batch_norm_pattern_relu(with_gradient, None, None, None, None, atlas).backward(maps)
 tiled_dropout_add(maps, maps, atlas)
 for x in (maps, maps.to(memory_format=torch.channels_last)):
+    batch_norm_pattern_relu(x.clone().requires_grad_(), None, None, None, None, atlas).backward(x)
     tiled_dropout(x, atlas)
     block_dropout(x, (0.1, 3))
     bernoulli_dropout(x, 0.1)
@@ -40,7 +39,7 @@ for share_c in (False, True):
 loops = {
     tiled_numba: ("_planes", "_fragments"),
     block_numba: ("_planes", "_rows"),
-    batch_norm_numba: ("_relu", "_gradient"),
+    batch_norm_numba: ("_relu", "_gradient", "_relu_cl", "_gradient_cl"),
     bernoulli_numba: ("_runs", "_places"),
     residual_numba: ("_planes",),
     token_numba: ("_rows", "_keys", "_columns"),
@@ -63,7 +62,7 @@ def test_products_are_vectors_and_reads_are_not_masked(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     loops = [line.split() for line in run.stdout.splitlines()]
-    assert len(loops) == 12
+    assert len(loops) == 14
     for module, name, products, masked in loops:
         assert int(products) > 0, (module, name)
         assert masked == "False", (module, name)
