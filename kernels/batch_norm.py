@@ -309,7 +309,7 @@ def _affine(
 
 
 def _second_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The gradient of the gradients, by the separate operations; a third one PyTorch refuses."""
+    """The gradient of the gradients, by the separate operations; a third one PyTorch refuses (2.6 gives it)."""
     if all(grad is None for grad in grads):
         return (None,) * 10
     further = torch.is_grad_enabled()

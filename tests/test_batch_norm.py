@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from batch_norm_cases import DTYPES
 from batch_norm_cases import EPS
+from marks import OLD_DYNAMO
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
 from plain_torch import both_ways  # noqa: F401
@@ -206,16 +207,23 @@ def test_gradients_and_their_gradients(share_c: bool, normalize: str) -> None:
 
 
 def test_the_second_derivative_is_the_chains_and_the_third_is_refused() -> None:
-    """To the rounding of float64; upstream of the first is x itself, which enters twice. PyTorch has no third."""
-    results = []
+    """To the rounding of float64; upstream of the first is x itself, which enters twice.
+
+    PyTorch refuses the third derivative of batch normalisation; 2.6 gives one, and so do we.
+    """
+    results, thirds = [], []
     for function in (fused, chain):
         x = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
         (first,) = torch.autograd.grad(function(x, None, None), x, x, create_graph=True)
         (second,) = torch.autograd.grad((first**3).sum(), x, create_graph=True)
         results.append(second)
-        with pytest.raises(RuntimeError, match=r"3rd\+ order derivatives"):
-            torch.autograd.grad(second.sum(), x)
+        if torch.__version__.startswith("2.6."):
+            thirds += torch.autograd.grad(second.sum(), x)
+        else:
+            with pytest.raises(RuntimeError, match=r"3rd\+ order derivatives"):
+                torch.autograd.grad(second.sum(), x)
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(thirds[:1], thirds[1:], rtol=1e-9, atol=1e-9)
 
 
 def test_forward_mode_and_vmap_are_refused() -> None:
@@ -312,7 +320,10 @@ def test_compiled_equals_eager(layout: str) -> None:
             results.append((y, x.grad, weight.grad, bias.grad))
             torch.testing.assert_close(running[0], results[0][0].new_tensor(running[0].tolist()))
         for ours, expected in zip(*results, strict=True):
-            assert torch.equal(ours, expected)
+            if layout == "channels_last" and OLD_DYNAMO:  # hands the op a contiguous x, whose sums have another order
+                torch.testing.assert_close(ours, expected)
+            else:
+                assert torch.equal(ours, expected)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import dynamo_reads_patterns_lazily
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trained import CASES
@@ -134,6 +135,7 @@ def compiled_steps(model: Model, **arguments: Any) -> list[dict[str, Any]]:
         return steps(model, compiled)
 
 
+@dynamo_reads_patterns_lazily
 def test_compiled_equals_eager() -> None:
     model = Model()
     for got, expected in zip(compiled_steps(Model(), backend="aot_eager"), steps(model, model), strict=True):
@@ -143,6 +145,7 @@ def test_compiled_equals_eager() -> None:
             assert torch.equal(got["gradients"][name], gradient), name
 
 
+@dynamo_reads_patterns_lazily
 def test_inductor_draws_the_masks_of_eager_in_program_order() -> None:
     """It fuses, and so rounds differently: masks are compared, of the forward and of the backward pass."""
     model = Model()
@@ -152,6 +155,7 @@ def test_inductor_draws_the_masks_of_eager_in_program_order() -> None:
         check_backward_masks(got, expected["masks"])
 
 
+@dynamo_reads_patterns_lazily
 def test_inductor_draws_the_seeds_of_eager_in_an_order_of_its_own() -> None:
     """By default it moves ops that do not depend on each other, draws among them, to save memory.
 
