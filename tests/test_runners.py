@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +71,9 @@ ctypes.PyDLL(None).sleep(1000)
 """
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+# Of the kernel's flags of a process (include/linux/sched.h): it is ending; a signal has ended it.
+PF_EXITING, PF_SIGNALED = 0x4, 0x400
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 
 
@@ -318,11 +322,18 @@ def kill_actor(runner: Runner, number: int) -> None:
 
 
 def alive(process: int) -> bool:
-    """Whether it runs; what is dead but not yet collected does not."""
+    """Whether it runs; what is dead but not yet collected does not, nor what SIGKILL has reached.
+
+    Its sender goes on before a killed process has had its turn on a busy core to come to its end.
+    """
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        status = Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+    pending = int(re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+    killed = pending >> (signal.SIGKILL - 1) & 1 or int(numbers[5]) & (PF_EXITING | PF_SIGNALED)
+    return state not in "ZX" and not killed
 
 
 def wait_until(holds: Callable[[], Any], what: str) -> None:
