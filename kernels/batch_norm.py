@@ -154,7 +154,7 @@ def _forward(
         if _in_loops(bn):
             from . import batch_norm_numba
 
-            batch_norm_numba.relu_(bn, mask.atlas, mask.starts_of(group), scale.item())
+            batch_norm_numba.relu_(bn, mask.atlas, mask.starts_of(slice(None), group), scale.item())
         else:
             slope = weight[group] * rstd[group]
             # No |x - mean| is above sqrt(m) standard deviations: if this is finite, all cells are.
@@ -226,12 +226,12 @@ class _Mask:
         table = flat.to(self.compute).mul_(self.scale.to(self.compute))
         return table.as_strided((width * (2 * height - 1) - height + 1, height * width), (width, 1))
 
-    def starts_of(self, group: slice) -> torch.Tensor:
-        return self.starts if self.starts.shape[1] == 1 else self.starts[:, group].contiguous()
+    def starts_of(self, block: slice, group: slice) -> torch.Tensor:
+        return self.starts[block] if self.starts.shape[1] == 1 else self.starts[block, group].contiguous()
 
     def multiply_(self, part: torch.Tensor, block: slice, group: slice, finite: bool) -> None:
         """Masks samples `block` and channels `group` in place; dropped cells become 0, also what is not finite."""
-        starts = self.starts_of(group)[block]
+        starts = self.starts_of(block, group)
         if self.rows is None or not part.is_contiguous():
             part.copy_(torch.ops.autodropout.tiled_apply(part, self.fields, starts, self.scale))
             return
@@ -281,7 +281,7 @@ def _backward(
                 g = _affine(part, *of_group)
                 layout = torch.contiguous_format if g.is_contiguous() else torch.channels_last
                 of_y = grad[:, group].to(g.dtype).contiguous(memory_format=layout)
-                batch_norm_numba.gradient_(g, of_y, mask.atlas, mask.starts_of(group), scale.item())
+                batch_norm_numba.gradient_(g, of_y, mask.atlas, mask.starts_of(slice(None), group), scale.item())
             else:
                 g = torch.empty_like(part)
                 for block in _blocks(part):
@@ -292,8 +292,9 @@ def _backward(
             gradients = torch.ops.aten.native_batch_norm_backward(
                 g, part, weight[group], None, None, mean[group], rstd[group], True, 0.0, [True, True, True]
             )
-            # A cell of grad that is not finite makes its sum so. Where it is dropped it must not, so once more.
-            if bool(gradients[2].isfinite().all()):
+            # A cell of grad that is not finite makes its sum so. Where it is dropped it must not, so once more. (Loops
+            # select, and need no second time.)
+            if _in_loops(part) or bool(gradients[2].isfinite().all()):
                 break
         dx_of_group, dweight[group], dbias[group] = gradients
         dx = _joined(dx, x, group, dx_of_group)

@@ -120,7 +120,7 @@ def _relu_cl(x, bytes_of, first, step, pitch, apart, factor, begin, end):
 
 @parallel_loop
 def _relu_cl_in_threads(x, bytes_of, first, step, pitch, apart, factor, threads):
-    fragments = x.shape[0] * x.shape[1] * ((x.shape[2] + 7) // 8)
+    fragments = number_of_fragments(x)
     for t in prange(threads):
         begin, end = fragments * t // threads, fragments * (t + 1) // threads
         _relu_cl(x, bytes_of, first, step, pitch, apart, factor, begin, end)
@@ -146,7 +146,7 @@ def _gradient_cl(x, grad, bytes_of, first, step, pitch, apart, factor, begin, en
 
 @parallel_loop
 def _gradient_cl_in_threads(x, grad, bytes_of, first, step, pitch, apart, factor, threads):
-    fragments = x.shape[0] * x.shape[1] * ((x.shape[2] + 7) // 8)
+    fragments = number_of_fragments(x)
     for t in prange(threads):
         begin, end = fragments * t // threads, fragments * (t + 1) // threads
         _gradient_cl(x, grad, bytes_of, first, step, pitch, apart, factor, begin, end)

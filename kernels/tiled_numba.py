@@ -87,9 +87,10 @@ def fragments(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor) -> Fragments:
     return pixels, array(tables.fragments), first, step, tables.pitch, tables.step
 
 
-def number_of_fragments(pixels: npt.NDArray[Any]) -> int:
-    samples, rows, cells, _ = pixels.shape
-    return samples * rows * -(-cells // 8)
+@loop
+def number_of_fragments(x):
+    """Of x (samples, rows, cells, channels)."""
+    return x.shape[0] * x.shape[1] * ((x.shape[2] + 7) // 8)
 
 
 def _first_cells(atlas: Atlas, starts: torch.Tensor) -> torch.Tensor:
@@ -156,7 +157,7 @@ def gather(word, bytes_of, first, step, place):
 
 @parallel_loop
 def _fragments_in_threads(x, y, bytes_of, first, step, pitch, apart, factor, threads):
-    fragments = x.shape[0] * x.shape[1] * ((x.shape[2] + 7) // 8)
+    fragments = number_of_fragments(x)
     for t in prange(threads):
         begin, end = fragments * t // threads, fragments * (t + 1) // threads
         _fragments(x, y, bytes_of, first, step, pitch, apart, factor, begin, end)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from batch_norm_cases import DTYPES
 from batch_norm_cases import EPS
-from marks import OLD_DYNAMO
+from marks import TORCH_2_6
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
 from plain_torch import both_ways  # noqa: F401
@@ -217,7 +217,7 @@ def test_the_second_derivative_is_the_chains_and_the_third_is_refused() -> None:
         (first,) = torch.autograd.grad(function(x, None, None), x, x, create_graph=True)
         (second,) = torch.autograd.grad((first**3).sum(), x, create_graph=True)
         results.append(second)
-        if torch.__version__.startswith("2.6."):
+        if TORCH_2_6:
             thirds += torch.autograd.grad(second.sum(), x)
         else:
             with pytest.raises(RuntimeError, match=r"3rd\+ order derivatives"):
@@ -320,7 +320,7 @@ def test_compiled_equals_eager(layout: str) -> None:
             results.append((y, x.grad, weight.grad, bias.grad))
             torch.testing.assert_close(running[0], results[0][0].new_tensor(running[0].tolist()))
         for ours, expected in zip(*results, strict=True):
-            if layout == "channels_last" and OLD_DYNAMO:  # hands the op a contiguous x, whose sums have another order
+            if layout == "channels_last" and TORCH_2_6:  # hands the op a contiguous x, whose sums have another order
                 torch.testing.assert_close(ours, expected)
             else:
                 assert torch.equal(ours, expected)
