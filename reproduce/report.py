@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy import stats
+from scipy.special import stdtrit
 
 WIDTH = 80
 LABEL = 46
@@ -35,7 +35,7 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return Estimate(1, mean, None)
-    quantile = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    quantile = float(stdtrit(n - 1, (1 + confidence) / 2))
     return Estimate(n, mean, quantile * statistics.stdev(values) / n**0.5)
 
 
@@ -47,6 +47,9 @@ def paired(values: Sequence[float], base: Sequence[float]) -> tuple[Estimate, fl
     Raises:
         ValueError: unequal numbers of values, or none.
     """
+    # Here, because it takes most of a second to import, and few tables compare pairs.
+    from scipy import stats
+
     found = estimate([value - other for value, other in zip(values, base, strict=True)])
     differences = {value - other for value, other in zip(values, base, strict=True)}
     return found, float(stats.ttest_rel(values, base).pvalue) if len(differences) > 1 else None

@@ -118,7 +118,7 @@ def test_hub() -> None:
     assert (len(corpus.train), len(corpus.valid), len(corpus.test)) == (2_088_628, 217_646, 245_569)
 
 
-@pytest.mark.skipif(DATA is None, reason="needs real data: set AUTODROPOUT_DATA to the folder that holds the data sets")
+@pytest.mark.skipif(not DATA, reason="needs real data: set AUTODROPOUT_DATA to the folder that holds the data sets")
 @pytest.mark.parametrize(
     ("name", "tokens", "words"),
     [("ptb", (929_589, 73_760, 82_430), 10_000), ("wikitext2", (2_088_628, 217_646, 245_569), 33_278)],

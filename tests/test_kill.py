@@ -240,6 +240,7 @@ Lives(Path({str(killed.folder)!r}), Path({str(recipe)!r}), controller, 12, 1000)
     assert killed.outcome() == whole.outcome()
 
 
+@pytest.mark.slow
 def test_no_result_of_a_process_is_lost_or_counted_twice(tmp_path: Path) -> None:
     """Fifty drivers of two workers die, some before a worker is ready. What was told stays told; each ends once."""
     generator = random.Random(6)

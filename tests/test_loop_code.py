@@ -52,6 +52,7 @@ for module, names in loops.items():
 """
 
 
+@pytest.mark.slow
 def test_products_are_vectors_and_reads_are_not_masked(tmp_path: Path) -> None:
     environment = os.environ | {
         "NUMBA_CPU_NAME": "haswell",

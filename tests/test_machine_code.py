@@ -22,6 +22,7 @@ PARTS = 2
 MOST_REGISTERS = 128
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 
 def run(*commands: list[str]) -> list[dict[str, Any]]:

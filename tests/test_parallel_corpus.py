@@ -161,7 +161,7 @@ def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         open_parallel_corpus("wmt14")
 
 
-@pytest.mark.skipif(DATA is None, reason="needs real data: set AUTODROPOUT_DATA to the folder that holds the data sets")
+@pytest.mark.skipif(not DATA, reason="needs real data: set AUTODROPOUT_DATA to the folder that holds the data sets")
 def test_multi30k() -> None:
     corpus = open_parallel_corpus(os.path.join(str(DATA), "multi30k"))
     assert [len(part) for part in (corpus.train, corpus.valid, corpus.test)] == [29_000, 1014, 1000]

@@ -66,6 +66,7 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [["stochasticdepth"], ["uda+dropout", "--labels", "0.1"]])
 def test_one_rank_killed_and_all_ranks_killed_end_in_the_same_weights(which: list[str], tmp_path: Path) -> None:
     through, killed, arguments = tmp_path / "through", tmp_path / "killed", [*TINY, *which]

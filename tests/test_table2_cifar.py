@@ -52,6 +52,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("AUTODROPOUT_DATA", raising=False)
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_end_in_the_same_table(tmp_path: Path) -> None:
     check_kills(SCRIPT, tmp_path, TINY, TINY_MODELS)
 

@@ -55,6 +55,7 @@ def test_to_the_table_and_again(folder: Path, capsys: pytest.CaptureFixture[str]
     assert results.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_end_in_the_same_table(tmp_path: Path) -> None:
     for split, text in TEXT.items():
         (tmp_path / f"{split}.txt").write_text(text * (8 if split == "train" else 1))

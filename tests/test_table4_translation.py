@@ -64,6 +64,7 @@ def test_to_the_table_and_again(folder: Path, capsys: pytest.CaptureFixture[str]
     assert results.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_end_in_the_same_table(tmp_path: Path) -> None:
     write(tmp_path, copies=4)
     tiny = ["--data", str(tmp_path), "--epochs", "2", "--seeds", "1", "--methods", "none,autodropout"]
