@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from autodropout import Policy
 from autodropout import apply_policy
+from autodropout.files import write_atomically
 from autodropout.provenance import commit
 from autodropout.reproduce.augment import derive
 from autodropout.reproduce.data import DIGITS
@@ -45,7 +46,6 @@ from autodropout.reproduce.data import ImageData
 from autodropout.reproduce.data import open_data
 from autodropout.reproduce.experiment import device_name
 from autodropout.reproduce.experiment import versions
-from autodropout.reproduce.files import write_atomically
 from autodropout.reproduce.training import Normalise
 from autodropout.search.conv_space import KINDS
 from autodropout.search.conv_space import ConvSite

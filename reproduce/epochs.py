@@ -15,8 +15,9 @@ from typing import Protocol
 
 import torch
 
+from autodropout.files import write_atomically
+
 from .augment import derive
-from .files import write_atomically
 
 
 class Part(Protocol):

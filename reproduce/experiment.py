@@ -35,9 +35,9 @@ from filelock import FileLock
 from filelock import Timeout
 
 from autodropout import Policy
+from autodropout.files import write_atomically
 from autodropout.provenance import commit
 
-from .files import write_atomically
 from .methods import policy_origin
 
 SCHEMA = 1

@@ -30,10 +30,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from autodropout import Policy
 from autodropout import apply_policy
+from autodropout.files import write_atomically
 
 from . import group
 from .augment import derive
-from .files import write_atomically
 from .imagenet_augment import dealt
 from .imagenet_augment import epoch_order
 from .imagenet_augment import evaluation_batches

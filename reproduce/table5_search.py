@@ -33,6 +33,7 @@ from typing import Any
 from scipy import stats
 from tqdm import tqdm
 
+from autodropout.files import write_atomically
 from autodropout.provenance import commit
 from autodropout.reproduce.benchmark_task import BenchmarkTask
 from autodropout.reproduce.benchmark_task import play
@@ -42,7 +43,6 @@ from autodropout.reproduce.command import preset_parser
 from autodropout.reproduce.command import some_of
 from autodropout.reproduce.experiment import source_fingerprint
 from autodropout.reproduce.experiment import versions
-from autodropout.reproduce.files import write_atomically
 from autodropout.reproduce.planted import TASKS
 from autodropout.reproduce.report import estimate
 from autodropout.reproduce.tabular import TabularTask

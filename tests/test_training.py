@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from autodropout import BernoulliPattern
 from autodropout import Policy
+from autodropout.files import write_atomically
 from autodropout.reproduce import training
 from autodropout.reproduce.augment import derive
 from autodropout.reproduce.augment import epoch_batches
 from autodropout.reproduce.data import Split
 from autodropout.reproduce.data import open_data
-from autodropout.reproduce.files import write_atomically
 from autodropout.reproduce.training import Normalise
 from autodropout.reproduce.training import Recipe
 from autodropout.reproduce.training import build_model
@@ -188,6 +188,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         write_atomically(path, torn)
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
     write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
 

@@ -24,8 +24,8 @@ from typing import Any
 from filelock import FileLock
 from filelock import Timeout
 
-from .files import sync_folder
-from .files import write_atomically
+from ..files import sync_folder
+from ..files import write_atomically
 
 SCHEMA = 1
 FILE = "journal.jsonl"
@@ -75,7 +75,7 @@ class Journal:
             if journal.path.exists():
                 raise JournalError(f"{journal.path} exists: go on with it by resuming, or take another folder")
             record, line = _stamped({"record": "run", "schema": SCHEMA, **header})
-            write_atomically(journal.path, line)
+            write_atomically(journal.path, lambda file: file.write(line))
             sync_folder(folder.resolve().parent)
             journal._begin(1, line)
         except BaseException:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..draw import MAX_MAP
 from ..draw import draw_policy
+from ..files import write_atomically
 from ..policy import Policy
 from .charts import COLOURS
 from .charts import STYLE
@@ -23,7 +24,6 @@ from .charts import Series
 from .charts import share_chart
 from .charts import xy_chart
 from .export import exported
-from .files import write_atomically
 from .history import History
 from .history import total_entropy
 from .marginals import Marginals
@@ -75,7 +75,8 @@ def write_report(folder: Path) -> Path:
     """
     history, _, space = open_search(folder)
     path = folder / FILE
-    write_atomically(path, page(history, space, exported(folder)).encode())
+    text = page(history, space, exported(folder))
+    write_atomically(path, lambda file: file.write(text.encode()))
     return path
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from ..files import write_atomically
 from .core import Search
-from .files import write_atomically
 from .journal import Journal
 
 SCHEMA = 1
@@ -45,7 +45,8 @@ def write_snapshot(journal: Journal, search: Search) -> None:
         "journal": journal.digest(),
         "state": hashlib.sha256(state).hexdigest(),
     }
-    write_atomically(journal.path.with_name(FILE), json.dumps(head).encode() + b"\n" + state)
+    content = json.dumps(head).encode() + b"\n" + state
+    write_atomically(journal.path.with_name(FILE), lambda file: file.write(content))
 
 
 def read_snapshot(journal: Journal) -> tuple[int, dict[str, Any]] | None:

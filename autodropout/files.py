@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a temporary neighbour and renames it: whenever the process dies, `path` is the old file or the new one.
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`write`s a temporary neighbour and renames it: whenever the process dies, `path` is the old file or the new one.
 
     Raises:
         OSError: it cannot be written; `path` is as before, and no temporary file is left.
@@ -15,7 +17,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
