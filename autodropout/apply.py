@@ -6,7 +6,9 @@ compiled for a model without a policy would be used, silently, for the same mode
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from collections.abc import Set
 from dataclasses import dataclass
 from dataclasses import replace
 
@@ -24,6 +26,7 @@ from .patterns import BernoulliPattern
 from .patterns import Pattern
 from .patterns import TiledPattern
 from .patterns import TokenPattern
+from .policy import LAYER_PLACES
 from .policy import MAP_PLACES
 from .policy import PLACES
 from .policy import Policy
@@ -36,6 +39,16 @@ from .sites import sites_by_place
 from .sites import uncompiled
 
 MAX_RATE = 0.95
+
+# What a model without sites of a place is told.
+_OF_LAYERS = (
+    "In a model of your own mark it by an autodropout.nn.PatternSite or name it by "
+    "autodropout.conventions.register_places; Policy.fit leaves out what a model has not"
+)
+_WHERE = {
+    "batch_norm": "They are the outputs of BatchNorm2d and SyncBatchNorm; for a Transformer name its places",
+    "branch": "They are the outputs of nn.Identity modules called 'branch', at the ends of residual branches",
+} | dict.fromkeys(LAYER_PLACES, _OF_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,12 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     if not isinstance(policy, Policy):
         raise TypeError(f"policy must be a Policy, got {type(policy).__name__}")
     model = uncompiled(model)
-    if next(_site_dropouts(model), None) is not None:
+    for parent, _, _ in _site_dropouts(model):
+        if isinstance(parent, nn.SyncBatchNorm) and not isinstance(parent, MaskedModule):
+            raise ValueError(
+                "model has a policy that does nothing since convert_sync_batchnorm made new modules: call "
+                "remove_policy, then apply_policy again"
+            )
         raise ValueError("model has a policy already: call remove_policy first")
     for source in policy.sites:
         check_kind(source)
@@ -157,11 +175,13 @@ def plan_place(
     sources = tuple(site for site in policy.sites if site.place == place)
     if not targets:
         reached = " that the example reaches" if ran else ""
-        raise ValueError(f"model has no sites of place {place!r}{reached}: {type(model).__name__}")
+        raise ValueError(f"model has no sites of place {place!r}{reached}: {type(model).__name__}. {_WHERE[place]}")
     by_name = {site.name: site for site in sources}
     exact = by_name.keys() == {target.name for target in targets}
     if any(_residual(site.pattern) for site in sources):
         _check_residual(sources, targets, exact, place)
+    if not exact:
+        _warn_of_near_names(by_name.keys(), {target.name for target in targets}, place)
     nearest = Policy(sources)
     plan = []
     for target in targets:
@@ -172,6 +192,17 @@ def plan_place(
             _check_layout(model.get_submodule(target.target), target, pattern)
         plan.append((target, pattern))
     return plan
+
+
+def _warn_of_near_names(given: Set[str], found: Set[str], place: str) -> None:
+    """As many names, most of them right: what is wrong is a misspelling rather than another model."""
+    wrong, missing = sorted(given - found), sorted(found - given)
+    if len(given) == len(found) > 2 * len(wrong):
+        warnings.warn(
+            f"patterns go by depth, as the policy names the sites of place {place!r} otherwise than the model: "
+            f"{', '.join(wrong)} for {', '.join(missing)}",
+            stacklevel=4,
+        )
 
 
 def check_kind(site: Site) -> None:

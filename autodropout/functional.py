@@ -22,7 +22,7 @@ def pattern_dropout(
     seed: int | torch.Tensor | None = None,
     normalize: str | None = None,
     rank: int | None = None,
-    layout: str = "NTC",
+    layout: str | None = None,
 ) -> torch.Tensor:
     """Drops what `pattern` says and scales the rest.
 
@@ -40,8 +40,8 @@ def pattern_dropout(
             scales nothing; None is the pattern's default (`"mask"`, the paper's, for tiled ones, else `"expected"`).
         rank: enters the random numbers so that ranks draw different masks; None is the global rank under
             `torch.distributed`, 0 otherwise.
-        layout: where a `TokenPattern` finds samples, tokens and channels in x: `"NTC"`, `"TNC"`, `"NHTD"` (queries,
-            keys or values by head) or `"NHQK"` (attention weights, a token being a key). Others do not read it.
+        layout: for a `TokenPattern` alone, where it finds samples, tokens and channels in x: `"NTC"` (also None),
+            `"TNC"`, `"NHTD"` (queries, keys or values by head) or `"NHQK"` (attention weights, a token being a key).
 
     Returns:
         A tensor with x's shape, dtype and memory format.
@@ -51,6 +51,11 @@ def pattern_dropout(
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a Pattern, got {pattern!r} of type {type(pattern).__name__}")
+    if layout is not None and not isinstance(pattern, TokenPattern):
+        raise ValueError(
+            f"layout must be None but for a TokenPattern, got {layout!r} with a {type(pattern).__name__}, which takes "
+            "the batch first and channels second"
+        )
     if not training:
         return x
     return dispatch(
@@ -61,7 +66,7 @@ def pattern_dropout(
         pattern.default_normalize if normalize is None else normalize,
         seed,
         rank,
-        layout,
+        "NTC" if layout is None else layout,
     )
 
 

@@ -56,7 +56,8 @@ class BatchNormPatternReLU2d(nn.BatchNorm2d):
             raise TypeError(f"pattern must be a TiledPattern, got {pattern!r} of type {type(pattern).__name__}")
         self._pattern = pattern
         # A plain attribute, an input of a compiled graph: other values never recompile.
-        self._fields = pattern.fields()
+        with torch.inference_mode(False):  # kept, and saved for backward in later training
+            self._fields = pattern.fields()
         self._share_c = pattern.share_c
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,8 @@ class PatternDropout(nn.Module):
         self._shared = sharing(pattern)
         self._op = pattern.op
         self._default_normalize = pattern.default_normalize
-        self._fields = pattern.fields()
+        with torch.inference_mode(False):  # kept, and saved for backward in later training
+            self._fields = pattern.fields()
         self._pattern = pattern
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,9 @@ class Atlas:
     """
 
     def __init__(self, values: tuple[float, ...], sides: tuple[int, ...]) -> None:
-        self.fields = torch.tensor(values, dtype=torch.float64, device="cpu")
+        # Cached, and saved for backward: an ordinary tensor, whatever mode or transform is on when it is made.
+        with torch.inference_mode(False):
+            self.fields = torch.from_numpy(np.array(values, dtype=np.float64))
         self.sides = sides
         self.height, self.width = sides if len(sides) == 2 else (1, *sides)
         self.dropped = _dropped(values, *sides) if len(sides) == 2 else _dropped_of_sequence(values, *sides)

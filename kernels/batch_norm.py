@@ -195,9 +195,18 @@ def _groups(x: torch.Tensor) -> Iterator[slice]:
 
 
 def _part(x: torch.Tensor, group: slice) -> torch.Tensor:
-    """Channels of x in the compute type, contiguous or channels_last."""
+    """Channels of x in the compute type, with the strides of a contiguous tensor or of channels_last.
+
+    Where a side is 1 others count as such, but PyTorch's batch normalisation goes by strides, and rounds otherwise.
+    """
     part = x[:, group].to(compute_type(x))
-    return part if part.is_contiguous(memory_format=torch.channels_last) else part.contiguous()
+    _, c, h, w = part.shape
+    contiguous, channels_last = (c * h * w, h * w, w, 1), (c * h * w, 1, w * c, c)
+    if part.stride() in (contiguous, channels_last):
+        return part
+    if part.is_contiguous(memory_format=torch.channels_last):
+        return part.as_strided(part.shape, channels_last)
+    return part.contiguous().as_strided(part.shape, contiguous)
 
 
 def _blocks(part: torch.Tensor) -> Iterator[slice]:

@@ -11,9 +11,11 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_activation(x: object) -> None:
-    """Refuses what is not a tensor of a floating dtype that the ops know (TypeError)."""
+    """Refuses what is not a strided tensor of a floating dtype that the ops know (TypeError)."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"x must be a strided tensor, got {'a nested one' if x.is_nested else x.layout}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float64, float32, float16 or bfloat16, got {x.dtype}")
 

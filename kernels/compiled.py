@@ -1,7 +1,8 @@
 """Loops of the CPU, compiled by Numba where it is installed (`pip install autodropout[cpu]`): `*_numba.py` holds them.
 
 PyTorch makes an op of several passes over the activation, or over a mask of its size, and Philox of eighty passes over
-its counters. A compiled loop reads an element, decides and writes it. Bits and values are the same with and without.
+its counters. A compiled loop reads an element, decides and writes it. Bits and values are the same with and without,
+but that a dropped cell may be -0.0 without, where the mask is a factor, and the payloads of NaN.
 
 Threads are those of `torch.get_num_threads()`. Numba runs them by OpenMP, on Linux by the same library as PyTorch, so
 that the two do not wait beside each other for the same cores (docs/cpu-speed.md).
@@ -38,12 +39,12 @@ def has_numba() -> bool:
 
 @lru_cache(maxsize=1)
 def _imports_numba() -> bool:
-    """It refuses a NumPy newer than itself, which is said once."""
+    """It refuses a NumPy newer than itself, which is said once, as is anything else that keeps it from loading."""
     if find_spec("numba") is None:
         return False
     try:
         import numba  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # beside ImportError what comes of parts that do not fit, such as SystemError
         warnings.warn(f"autodropout runs without Numba on the CPU, which is slower: {error}", stacklevel=2)
         return False
     return True
@@ -65,7 +66,8 @@ def _compile(function: Callable[..., Any], **options: bool) -> Callable[..., Any
     compiler: Callable[..., Any]
     try:
         # Kept beside the source, or in the user's cache, for the next process. What a loop calls is compiled into it,
-        # and not looked at again when only the file of that changes: then delete __pycache__.
+        # and not looked at again when only the file of that changes: then delete __pycache__. So, too, if a loop says
+        # "can't unbox array": two processes that compile it for two dtypes in the same milliseconds can mix them up.
         compiler = numba.njit(function, cache=True, error_model="numpy", **options)
     except RuntimeError:  # neither place can be written to
         compiler = numba.njit(function, error_model="numpy", **options)
@@ -82,7 +84,11 @@ def run(one: Callable[..., Any], several: Callable[..., Any], parts: int, size: 
     import numba
 
     with _ONE_LOOP:
+        of_torch = torch.get_num_threads()
         before = numba.get_num_threads()
+        # The first time it starts Numba's threads, and with them sets the number of the OpenMP that PyTorch uses.
+        if torch.get_num_threads() != of_torch:
+            torch.set_num_threads(of_torch)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         try:
             several(*arguments, threads)

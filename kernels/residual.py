@@ -239,6 +239,9 @@ def _register_add(schema: str, implementation: Callable[..., torch.Tensor], mask
                 raise ValueError(
                     "seed and fields must not be batched by vmap: draw outside it, or call the op once per seed"
                 )
+            if info.batch_size == 0:
+                batched, dim = (residual, in_dims[1]) if in_dims[0] is None else (x, in_dims[0])
+                return torch.empty_like(batched), dim or 0
             both = [
                 [tensor] * info.batch_size if dim is None else tensor.unbind(dim)
                 for tensor, dim in ((x, in_dims[0]), (residual, in_dims[1]))

@@ -110,4 +110,4 @@ def _is_constant(x: torch.Tensor) -> bool:
 
 def _element_by_element(apply: Apply, x: torch.Tensor, *others: Any) -> torch.Tensor:
     """Every element is a call of its own with the same seed, and so gets the same mask."""
-    return torch.stack([apply(element, *others) for element in x.unbind(0)])
+    return torch.stack([apply(element, *others) for element in x.unbind(0)]) if len(x) else torch.empty_like(x)

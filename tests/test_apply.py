@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
+import torchvision
 from applied import IMAGES
 from applied import TILED
 from applied import assert_same_attributes
@@ -21,6 +25,7 @@ from autodropout import Policy
 from autodropout import Site
 from autodropout import TiledPattern
 from autodropout import apply_policy
+from autodropout import load_policy
 from autodropout import remove_policy
 from autodropout.nn import PatternDropout
 from autodropout.sites import find_sites
@@ -86,9 +91,35 @@ def test_refuses_a_second_policy() -> None:
     assert "call remove_policy first" in refused(model, Policy.uniform(TILED))
 
 
+def test_says_that_a_conversion_took_a_policy_away() -> None:
+    model = small()
+    apply_policy(model, Policy.uniform(TILED))
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert "since convert_sync_batchnorm made new modules" in refused(converted, Policy.uniform(TILED))
+    remove_policy(converted)
+    assert not any("pattern_dropout" in name for name, _ in converted.named_modules())
+    assert apply_policy(converted, Policy.uniform(TILED))
+
+
+def test_names_that_are_nearly_those_of_the_model_are_warned_of() -> None:
+    model = torchvision.models.resnet18()
+    policy = load_policy("hand-v0").fit(model, torch.ones(1, 3, 32, 32))
+    first, *others = policy.sites
+    with pytest.warns(
+        UserWarning, match="names the sites of place 'batch_norm' otherwise than the model: bn11 for bn1$"
+    ):
+        apply_policy(model, Policy((replace(first, name="bn11"), *others)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_policy(torchvision.models.resnet50(), policy)  # has all of these names, and more
+
+
 def test_refuses_a_model_without_sites() -> None:
     message = refused(nn.Sequential(nn.Conv2d(3, 3, 1)), Policy.uniform(TILED))
-    assert message == "model has no sites of place 'batch_norm' that the example reaches: Sequential"
+    assert message == (
+        "model has no sites of place 'batch_norm' that the example reaches: Sequential. They are the outputs of "
+        "BatchNorm2d and SyncBatchNorm; for a Transformer name its places"
+    )
 
 
 def test_refuses_the_wrong_things() -> None:

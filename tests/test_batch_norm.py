@@ -17,6 +17,7 @@ from marks import TORCH_2_6
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
 from plain_torch import both_ways  # noqa: F401
+from plain_torch import plain
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from autodropout import TiledPattern
@@ -126,6 +127,27 @@ def test_running_averages(momentum: float, dtype: torch.dtype) -> None:
         F.batch_norm(x.to(buffers), *theirs, None, None, True, momentum)
         for a, b in zip(ours, theirs, strict=True):
             assert float((a - b).abs().max()) <= 3 * (step + 1) * torch.finfo(buffers).eps * 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((1, 9, 32, 48), (9, 1, 432, 9)), ((5, 2, 1, 40), (80, 1, 1, 2)), ((1, 4, 3, 5), (7, 15, 5, 1))],
+)
+def test_odd_strides_of_sides_of_one_cell(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> None:
+    """An image in rows of pixels, for one: it counts as channels_last, but PyTorch's kernels go by strides."""
+    torch.manual_seed(0)
+    cells = torch.randn(20_000).to(dtype)
+
+    def run() -> tuple[torch.Tensor | None, ...]:
+        x = cells.as_strided(shape, strides).detach().requires_grad_()
+        weight, bias = (tensor.requires_grad_() for tensor in affine(shape[1]))
+        y = fused(x, weight, bias)
+        y.backward(cells[-x.numel() :].view(shape))
+        return y, x.grad, weight.grad, bias.grad
+
+    for with_loops, without in zip(run(), plain(run)(), strict=True):
+        assert torch.equal(with_loops, without)
 
 
 @pytest.mark.usefixtures("both_ways")

@@ -56,6 +56,14 @@ def test_numba_is_loaded_by_the_first_op_that_needs_it() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("of_numba", [1, 3])
+def test_the_number_of_threads_of_pytorch_stays(of_numba: int) -> None:
+    """Numba starts its threads in the OpenMP of PyTorch, as many as it finds cores."""
+    code = "torch.set_num_threads(2); total(); print(torch.get_num_threads())"
+    result = python(code, NUMBA_NUM_THREADS=str(of_numba))
+    assert (result.returncode, result.stdout) == (0, "2\n"), result.stderr
+
+
 def test_a_numba_that_cannot_be_imported_is_said_once(tmp_path: Path) -> None:
     """As it is when NumPy is newer than the Numba that is installed."""
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.2 or less. Got NumPy 2.9.')")

@@ -16,6 +16,7 @@ from autodropout import pattern_dropout
 from autodropout.kernels import bernoulli_dropout
 from autodropout.kernels import block_dropout
 from autodropout.kernels import tiled_dropout
+from autodropout.nn import PatternDropout
 
 SEED = 2**40 + 8
 PATTERNS: list[Pattern] = [
@@ -151,3 +152,33 @@ def test_compiles_whole_and_once_for_ten_patterns(pattern: Pattern) -> None:
             eager = pattern_dropout(x.sin(), other).cos()
             assert torch.equal(y, eager)
             assert torch.equal(grad, torch.autograd.grad(eager.sum(), x)[0])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_made_in_inference_mode_it_trains(pattern: Pattern) -> None:
+    """Atlases are kept by a cache, the numbers of a pattern by its module: both are saved for backward later."""
+    x = activation(2, 3, 5, 11).requires_grad_()  # a map of no other test
+    with torch.inference_mode():
+        if isinstance(pattern, TiledPattern):
+            pattern.expected_rate(5, 11)
+        module = PatternDropout(pattern)
+        changed = PatternDropout(BernoulliPattern(0.5))
+        changed.pattern = pattern
+    for drops in (lambda x: call_op(x, pattern, seed=SEED), module, changed):
+        (gradient,) = torch.autograd.grad(drops(x).sum(), x)
+        assert bool((gradient == 0).any())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_vmap_of_an_empty_batch(pattern: Pattern) -> None:
+    x = torch.empty(2, 3, 0, 7, 9)
+    y = torch.func.vmap(lambda x: call_op(x, pattern, seed=torch.tensor(SEED)), in_dims=2)(x)
+    assert y.shape == (0, 2, 3, 7, 9)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_tensors_that_are_not_strided_are_refused(pattern: Pattern) -> None:
+    with pytest.raises(TypeError, match=r"^x must be a strided tensor, got torch.sparse_coo$"):
+        pattern_dropout(activation().to_sparse(), pattern)
+    with pytest.raises(TypeError, match=r"^x must be a strided tensor, got a nested one$"):
+        pattern_dropout(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), pattern)

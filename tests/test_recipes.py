@@ -132,3 +132,18 @@ def test_cifar10_says_where_data_come_from(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("AUTODROPOUT_DATA", str(tmp_path))
     with pytest.raises(ValueError, match="has neither train.parquet nor cifar10/train.parquet"):
         cifar10_small.train(Policy.uniform(None), 0, nothing)
+
+
+def test_the_recipe_of_the_document_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/search.md").read_text(encoding="utf-8")
+    path = tmp_path / "mine.py"
+    path.write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    recipe = load_recipe(path)
+    space = recipe.space()
+    assert isinstance(space, ConvSpace)
+    assert len(space.conv_sites) == 3
+    reported: list[tuple[int, float]] = []
+    nothing = Policy(tuple(Site(site.name, site.depth, pattern=None) for site in space.conv_sites))
+    metric = recipe.train(nothing, 0, lambda step, value: reported.append((step, value)))
+    assert [step for step, _ in reported] == [25, 50, 75, 100]
+    assert reported[-1][1] == metric > 0.5

@@ -162,6 +162,9 @@ def test_vmap_gives_every_element_the_same_mask(kind: str) -> None:
         assert torch.equal(alone[:, i], add(kind, x[:, 0], residual[:, i]))
     with pytest.raises(ValueError, match="seed and fields must not be batched by vmap"):
         torch.func.vmap(lambda seed: add(kind, x[:, 0], x[:, 0], fields, seed))(torch.arange(3))
+    for in_dims in ((0, 0), (None, 0), (0, None)):
+        some = [x[0, :, :2, :2] if dim is None else torch.empty(0, 2, 2, 2, 6) for dim in in_dims]
+        assert torch.func.vmap(lambda x, r: add(kind, x, r, fields, seed), in_dims)(*some).shape == (0, 2, 2, 2, 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

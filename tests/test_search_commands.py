@@ -11,9 +11,15 @@ import pytest
 from search_toys import write_recipe
 from test_cli import fails
 
+from autodropout import Policy
+from autodropout import Site
 from autodropout import load_policy
 from autodropout.cli import main
 from autodropout.search import report
+from autodropout.search.commands import _table
+from autodropout.search.export import Export
+from autodropout.search.export import Finalist
+from autodropout.search.history import TrialHistory
 from autodropout.search.journal import read_journal
 from autodropout.search.recipe import shipped_recipes
 
@@ -119,6 +125,26 @@ def test_from_search_to_exported_policy(tmp_path: Path, capsys: pytest.CaptureFi
     assert page.has(f"{policy.provenance['retrained']['mean']:.4f}")
 
 
+@pytest.mark.parametrize(
+    ("sign", "metrics", "last"),
+    [
+        (1, (0.9, 0.9, 0.91), "nothing dropped"),  # gains of 0.1, 0.1 and 0.11
+        (1, (0.9, 0.9, 0.8), "so few seeds do not show that the best is better than nothing dropped"),  # 0.1, 0.1, 0
+        (1, (0.7, 0.7, 0.7), "no finalist is better than nothing dropped"),
+        (1, (0.8, 0.8, 0.8), "no finalist is better than nothing dropped"),
+        (-1, (0.7, 0.7, 0.71), "nothing dropped"),
+        (-1, (0.9, 0.9, 0.91), "no finalist is better than nothing dropped"),
+        (1, (0.9,), "so few seeds do not show that the best is better than nothing dropped"),
+    ],
+)
+def test_an_export_says_whether_anything_was_gained(sign: int, metrics: tuple[float, ...], last: str) -> None:
+    nothing, trial = Policy((Site("a", 0.0, pattern=None),)), TrialHistory(3, (), 0, metric=0.9)
+    off = Finalist(None, nothing, (0.8,) * len(metrics))
+    lines = _table(Export(tuple(range(len(metrics))), (Finalist(trial, nothing, metrics),), off, (), sign)).splitlines()
+    assert lines[-1].startswith(last)
+    assert len(lines) == 4 + (last != "nothing dropped")
+
+
 def test_ctrl_c_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     marker = "open(__file__ + '.once', 'x')"
     write_recipe(
@@ -162,8 +188,11 @@ def test_failures_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_search_whose_trials_all_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_recipe(tmp_path, "raise ValueError('never')")
-    assert main(["search", "toy.py", "--trials", "3", "--run", "run", "--searcher", "random", "--retries", "0"]) == 0
-    assert capsys.readouterr().out.startswith("3 trials: 0 finished, 3 failed\n")
+    assert main(["search", "toy.py", "--trials", "3", "--run", "run", "--searcher", "random", "--retries", "0"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("3 trials: 0 finished, 3 failed\n")
+    assert "next:" not in out
+    assert err.endswith("autodropout: error: no trial of run finished, all 3 failed: see above or the report\n")
     assert checked_page(tmp_path / "run").has("No trial is finished.")
     assert "has no finished trial to export" in fails(["export", "run"], capsys)
 

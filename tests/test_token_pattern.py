@@ -20,6 +20,7 @@ from twins import token as twin
 from autodropout import Pattern
 from autodropout import Policy
 from autodropout import Site
+from autodropout import TiledPattern
 from autodropout import TokenPattern
 from autodropout import apply_policy
 from autodropout import load_policy
@@ -156,6 +157,8 @@ def test_module_checks_and_shows_its_layout() -> None:
         PatternDropout(EXAMPLES[0], layout="NCT")
     with pytest.raises(ValueError, match="layout must be .* got 'NCT'"):
         pattern_dropout(torch.ones(2, 3, 4), EXAMPLES[0], layout="NCT")
+    with pytest.raises(ValueError, match="^layout must be None but for a TokenPattern, got 'NTC' with a TiledPattern"):
+        pattern_dropout(torch.ones(2, 3, 4), TiledPattern(0.5), layout="NTC")
 
 
 def test_fifty_assignments_never_recompile() -> None:

@@ -220,6 +220,8 @@ def _conclude(result: SearchResult) -> int:
         print(f"report: {page}")
     except ImportError as error:
         print(f"no report: {error}")
+    if result.failed and not result.metrics:
+        raise ValueError(f"no trial of {folder} finished, all {len(result.failed)} failed: see above or the report")
     print(f"next: autodropout export {folder}")
     return 0
 
@@ -246,6 +248,11 @@ def _table(result: Export) -> str:
     off = interval(*mean_and_half_width(result.off.metrics), ".4f")
     lines.append(f"{'nothing dropped':<16}{'-':>6}{'-':>15}{off:>20}")
     lines += [f"trial {trial.number} is out: a retraining of it failed" for trial in result.lost]
+    best, half_width = difference(result.finalists[0], result.off)
+    if result.sign * best <= 0:
+        lines.append("no finalist is better than nothing dropped")
+    elif half_width is None or result.sign * best <= half_width:
+        lines.append("so few seeds do not show that the best is better than nothing dropped")
     return "\n".join(lines)
 
 

@@ -159,7 +159,11 @@ def resume_search(
         journal, records = Journal.open(folder)
         with journal:
             header = records[0]
-            _same("recipe.sha256 (the recipe's file has changed)", header["recipe"]["sha256"], recipe.sha256)
+            _same(
+                "recipe.sha256 (the recipe's file has changed: put it back, or begin another search)",
+                header["recipe"]["sha256"],
+                recipe.sha256,
+            )
             _same("recipe.direction", header["direction"], recipe.direction)
             _same("space", header["space"], searcher.space.to_json())
             _same("searcher", header["searcher"], _searcher_json(searcher, searcher_name))

@@ -49,12 +49,15 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Export:
-    """`finalists`: best mean first. `off`: the reference. `lost`: candidates of which a retraining failed."""
+    """`finalists`: best mean first. `off`: the reference. `lost`: candidates of which a retraining failed. `sign`: 1
+    where a higher metric is better, else -1.
+    """
 
     seeds: tuple[int, ...]
     finalists: tuple[Finalist, ...]
     off: Finalist
     lost: tuple[TrialHistory, ...]
+    sign: int
 
 
 def export_policies(
@@ -109,7 +112,7 @@ def export_policies(
     if not finalists:
         raise ValueError(f"of each candidate a retraining failed, see {folder / RETRAINING / JOURNAL}")
     finalists.sort(key=lambda finalist: (-history.sign * sum(finalist.metrics), finalist.trial.number))  # type: ignore[union-attr]
-    result = Export(tuple(new), tuple(finalists), Finalist(None, off, whole[0]), lost)
+    result = Export(tuple(new), tuple(finalists), Finalist(None, off, whole[0]), lost, history.sign)
     _write(folder / FOLDER, history, space, result, command)
     return result
 
