@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +183,11 @@ def test_tensors_that_are_not_strided_are_refused(pattern: Pattern) -> None:
         pattern_dropout(activation().to_sparse(), pattern)
     with pytest.raises(TypeError, match=r"^x must be a strided tensor, got a nested one$"):
         pattern_dropout(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), pattern)
+
+
+def test_the_ops_of_the_document_run() -> None:
+    page = (Path(__file__).parent.parent / "docs/kernels.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["out"].shape == names["q"].shape
+    assert names["weights"].shape == (2, 4, 128, 128)
