@@ -40,8 +40,9 @@ def pattern_dropout(
             scales nothing; None is the pattern's default (`"mask"`, the paper's, for tiled ones, else `"expected"`).
         rank: enters the random numbers so that ranks draw different masks; None is the global rank under
             `torch.distributed`, 0 otherwise.
-        layout: for a `TokenPattern` alone, where it finds samples, tokens and channels in x: `"NTC"` (also None),
-            `"TNC"`, `"NHTD"` (queries, keys or values by head) or `"NHQK"` (attention weights, a token being a key).
+        layout: where a `TokenPattern` finds samples, tokens and channels in x: `"NTC"` (also None), `"TNC"`, `"NHTD"`
+            (queries, keys or values by head) or `"NHQK"` (attention weights, a token being a key). A `BernoulliPattern`
+            whose decisions are no channel's may have it, too; None for all that find channels in dimension 1.
 
     Returns:
         A tensor with x's shape, dtype and memory format.
@@ -51,11 +52,8 @@ def pattern_dropout(
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a Pattern, got {pattern!r} of type {type(pattern).__name__}")
-    if layout is not None and not isinstance(pattern, TokenPattern):
-        raise ValueError(
-            f"layout must be None but for a TokenPattern, got {layout!r} with a {type(pattern).__name__}, which takes "
-            "the batch first and channels second"
-        )
+    if layout is not None and _is_of_maps(pattern, layout):
+        raise ValueError(f"layout must be None for what takes (N, C, ...), got {layout!r} with {pattern!r}")
     if not training:
         return x
     return dispatch(
@@ -68,6 +66,13 @@ def pattern_dropout(
         rank,
         "NTC" if layout is None else layout,
     )
+
+
+def _is_of_maps(pattern: Pattern, layout: str) -> bool:
+    """Whether a pattern would take tokens for channels, or for samples."""
+    if isinstance(pattern, BernoulliPattern):
+        return pattern.shared == "map" or (pattern.shared == "sample" and layout == "TNC")
+    return not isinstance(pattern, TokenPattern)
 
 
 def sharing(pattern: Pattern) -> str | bool | tuple[int, ...]:

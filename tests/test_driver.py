@@ -376,7 +376,9 @@ def test_a_changed_recipe_is_refused(recipe_path: Path, tmp_path: Path) -> None:
     start(recipe_path, tmp_path / "run")
     with recipe_path.open("a") as file:
         file.write("\n")
-    with pytest.raises(ReplayError, match="recipe.sha256 .the recipe's file has changed. must be"):
+    with pytest.raises(
+        ReplayError, match="recipe.sha256 .the recipe's file has changed: put it back, or begin another search. must be"
+    ):
         resume(recipe_path, tmp_path / "run")
 
 

@@ -17,6 +17,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from twins import token as twin
 
+from autodropout import BernoulliPattern
+from autodropout import BlockPattern
 from autodropout import Pattern
 from autodropout import Policy
 from autodropout import Site
@@ -157,8 +159,17 @@ def test_module_checks_and_shows_its_layout() -> None:
         PatternDropout(EXAMPLES[0], layout="NCT")
     with pytest.raises(ValueError, match="layout must be .* got 'NCT'"):
         pattern_dropout(torch.ones(2, 3, 4), EXAMPLES[0], layout="NCT")
-    with pytest.raises(ValueError, match="^layout must be None but for a TokenPattern, got 'NTC' with a TiledPattern"):
-        pattern_dropout(torch.ones(2, 3, 4), TiledPattern(0.5), layout="NTC")
+
+
+def test_a_pattern_of_maps_takes_no_layout() -> None:
+    """It would take tokens for channels."""
+    x = torch.ones(2, 3, 4)
+    of_maps = [TiledPattern(0.5), BlockPattern(0.1, 1), BernoulliPattern(0.1, "map"), BernoulliPattern(0.1, "sample")]
+    for pattern in of_maps:
+        with pytest.raises(ValueError, match=r"^layout must be None for what takes \(N, C, ...\), got 'TNC' with "):
+            pattern_dropout(x, pattern, layout="TNC")
+    for pattern in (BernoulliPattern(0.1), BernoulliPattern(0.1, "sample"), BernoulliPattern(0.1, (2,))):
+        assert pattern_dropout(x, pattern, layout="NTC").shape == x.shape
 
 
 def test_fifty_assignments_never_recompile() -> None:
