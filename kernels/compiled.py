@@ -13,13 +13,20 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 # Bytes that are worth a second thread: a tenth of a millisecond inside the cache.
 GRAIN = 1 << 20
@@ -66,12 +73,33 @@ def _compile(function: Callable[..., Any], **options: bool) -> Callable[..., Any
     compiler: Callable[..., Any]
     try:
         # Kept beside the source, or in the user's cache, for the next process. What a loop calls is compiled into it,
-        # and not looked at again when only the file of that changes: then delete __pycache__. So, too, if a loop says
-        # "can't unbox array": two processes that compile it for two dtypes in the same milliseconds can mix them up.
+        # and not looked at again when only the file of that changes: then delete __pycache__.
         compiler = numba.njit(function, cache=True, error_model="numpy", **options)
+        _keep_one_at_a_time(compiler)
     except RuntimeError:  # neither place can be written to
         compiler = numba.njit(function, error_model="numpy", **options)
     return compiler
+
+
+def _keep_one_at_a_time(compiler: Any) -> None:
+    """Locks the cache of a loop while it is written to.
+
+    Two processes that keep a loop for two dtypes at the same time give both the same file (Numba 0.68), and the one
+    whose code is not in it fails from then on.
+    """
+    if fcntl is None or not hasattr(compiler, "_cache"):  # NUMBA_DISABLE_JIT=1 leaves the function as it is
+        return
+    cache = compiler._cache
+    save = cache.save_overload
+
+    def save_alone(*arguments: Any) -> None:
+        # Where nothing can be kept, as on a full disk, it is compiled for the process.
+        with suppress(OSError), open(Path(cache.cache_path, "autodropout.lock"), "w") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            save(*arguments)
+
+    cache.save_overload = save_alone
 
 
 def run(one: Callable[..., Any], several: Callable[..., Any], parts: int, size: int, *arguments: Any) -> None:

@@ -73,6 +73,55 @@ def test_a_numba_that_cannot_be_imported_is_said_once(tmp_path: Path) -> None:
     assert "slower" in result.stderr
 
 
+# One process compiles a loop for float32, one for float64, and both look into the empty cache before either writes. The
+# first then writes its index first and its code last. Both wait two seconds at most: a lock keeps the other out.
+RACE = """
+import numba.core.caching, pathlib, sys, time, torch
+dtype, other, folder = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3])
+first = dtype == "float32"
+def meet(event, of):
+    (folder / f"{event} {dtype}").touch()
+    end = time.monotonic() + 2
+    while of and not (folder / of).exists() and time.monotonic() < end:
+        time.sleep(0.01)
+File = numba.core.caching.IndexDataCacheFile
+save_index, save_data = File._save_index, File._save_data
+def slow_index(self, overloads):
+    meet("looked", f"looked {other}")
+    meet("waits", None if first else f"wrote index {other}")
+    save_index(self, overloads)
+    meet("wrote index", None)
+def slow_data(self, name, data):
+    meet("has index", f"wrote code {other}" if first else None)
+    save_data(self, name, data)
+    meet("wrote code", None)
+File._save_index, File._save_data = slow_index, slow_data
+from autodropout.kernels.compiled import loop
+from looped import twice
+import numpy
+print(loop(twice)(numpy.ones(3, dtype)).tolist())
+"""
+
+
+def test_two_processes_that_keep_a_loop_at_the_same_time(tmp_path: Path) -> None:
+    (tmp_path / "looped.py").write_text("def twice(x):\n    return 2 * x\n")
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+
+    def start(dtype: str, other: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", RACE, dtype, other, str(tmp_path)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    for together in (True, False):  # at the same time; later
+        processes = []
+        for dtype, other in (("float32", "float64"), ("float64", "float32")):
+            processes.append(start(dtype, other))
+            if not together:
+                processes[-1].wait()
+        for process in processes:
+            out, err = process.communicate(timeout=60)
+            assert (process.returncode, out) == (0, "[2.0, 2.0, 2.0]\n"), err
+
+
 def test_nowhere_to_keep_what_was_compiled(tmp_path: Path) -> None:
     """Neither beside the source nor in the user's cache: it is compiled for the process."""
     package = tmp_path / "site" / "autodropout"
