@@ -277,7 +277,7 @@ def _checked(site: ModelSite, pattern: Pattern, where: str, rate: float) -> floa
 
 
 def _mask_output(module: nn.Module, pattern: Pattern) -> None:
-    layout = module.layout if isinstance(module, PatternSite) else "NTC"
+    layout = module.layout if isinstance(module, PatternSite) else None
     module.add_module(CHILD, SiteDropout(pattern, layout=layout).train(module.training))
     if not isinstance(module, nn.Sequential):  # an empty one, see _mask_skip: it runs its children by itself
         module.__class__ = masked_class(type(module))

@@ -52,8 +52,7 @@ def pattern_dropout(
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a Pattern, got {pattern!r} of type {type(pattern).__name__}")
-    if layout is not None and _is_of_maps(pattern, layout):
-        raise ValueError(f"layout must be None for what takes (N, C, ...), got {layout!r} with {pattern!r}")
+    layout = layout_of(pattern, layout)
     if not training:
         return x
     return dispatch(
@@ -64,15 +63,25 @@ def pattern_dropout(
         pattern.default_normalize if normalize is None else normalize,
         seed,
         rank,
-        "NTC" if layout is None else layout,
+        layout,
     )
 
 
-def _is_of_maps(pattern: Pattern, layout: str) -> bool:
-    """Whether a pattern would take tokens for channels, or for samples."""
+def layout_of(pattern: Pattern, layout: str | None) -> str:
+    """The layout asked for, "NTC" for None.
+
+    Raises:
+        ValueError: one was asked for, and the pattern would take tokens for channels, or for samples.
+    """
+    if layout is None:
+        return "NTC"
     if isinstance(pattern, BernoulliPattern):
-        return pattern.shared == "map" or (pattern.shared == "sample" and layout == "TNC")
-    return not isinstance(pattern, TokenPattern)
+        of_maps = pattern.shared == "map" or (pattern.shared == "sample" and layout == "TNC")
+    else:
+        of_maps = not isinstance(pattern, TokenPattern)
+    if of_maps:
+        raise ValueError(f"layout must be None for what takes (N, C, ...), got {layout!r} with {pattern!r}")
+    return layout
 
 
 def sharing(pattern: Pattern) -> str | bool | tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .functional import dispatch
+from .functional import layout_of
 from .functional import sharing
 from .patterns import BernoulliPattern
 from .patterns import BlockPattern
@@ -34,8 +35,8 @@ class PatternDropout(nn.Module):
     Args:
         pattern: what is dropped together.
         normalize: `"mask"`, `"expected"` or `"none"`; None is the pattern's default.
-        layout: where a `TokenPattern` finds samples, tokens and channels: `"NTC"`, `"TNC"`, `"NHTD"` or `"NHQK"`, as in
-            `pattern_dropout`. Others do not read it.
+        layout: where a `TokenPattern` finds samples, tokens and channels: `"NTC"` (also None), `"TNC"`, `"NHTD"` or
+            `"NHQK"`; None for patterns of maps, as in `pattern_dropout`.
 
     Raises:
         TypeError: `pattern` is not a pattern, or `normalize` or `layout` not a string.
@@ -50,11 +51,11 @@ class PatternDropout(nn.Module):
     _shared: str | bool | tuple[int, ...]
     _default_normalize: str
 
-    def __init__(self, pattern: Pattern, normalize: str | None = None, layout: str = "NTC") -> None:
+    def __init__(self, pattern: Pattern, normalize: str | None = None, layout: str | None = None) -> None:
         super().__init__()
         self.normalize = None if normalize is None else choice("normalize", normalize, NORMALIZE)
-        self.layout = choice("layout", layout, LAYOUTS)
         self.pattern = pattern
+        self.layout = choice("layout", layout_of(pattern, layout), LAYOUTS)
 
     @property
     def pattern(self) -> Pattern:

@@ -168,6 +168,8 @@ def test_a_pattern_of_maps_takes_no_layout() -> None:
     for pattern in of_maps:
         with pytest.raises(ValueError, match=r"^layout must be None for what takes \(N, C, ...\), got 'TNC' with "):
             pattern_dropout(x, pattern, layout="TNC")
+        with pytest.raises(ValueError, match=r"^layout must be None"):
+            PatternDropout(pattern, layout="TNC")
     for pattern in (BernoulliPattern(0.1), BernoulliPattern(0.1, "sample"), BernoulliPattern(0.1, (2,))):
         assert pattern_dropout(x, pattern, layout="NTC").shape == x.shape
 
