@@ -46,8 +46,10 @@ def wait_for(folder: Path, process: subprocess.Popen[str], finished: int) -> Non
     """Until that many models are finished and another one is in training."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        runs = list((folder / "runs").glob("*"))
-        if runs and len(list(runs[0].glob("*.json"))) > finished and list(runs[0].glob("*.pt")):
+        done = {path.stem for path in (folder / "runs").glob("*/*.json")} - {"run"}
+        # The checkpoint of a model that is finished stays until its line is in results/.
+        training = {path.stem for path in (folder / "runs").glob("*/*.pt")} - done
+        if len(done) >= finished and training:
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
