@@ -59,3 +59,38 @@ def interpreter_rounds_like_a_gpu() -> None:
         return interpreter.TensorHandle(rounded, dst_type.scalar)
 
     interpreter.InterpreterBuilder.cast_impl = rounding
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_looks_up_once() -> None:
+    """A fifth of the interpreter's time goes into two things that it does again and again: at every operation it makes
+    a table of dtypes, and at every call of a helper it searches Triton's modules for functions to replace.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    dtype_of, dtypes = interpreter._get_np_dtype, dict[str, Any]()
+    launch, call = interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__
+    searched: set[int] = set()  # modules of helpers
+
+    def dtype_by_name(type: Any) -> Any:
+        name = type.scalar.name
+        if name not in dtypes:
+            dtypes[name] = dtype_of(type)
+        return dtypes[name]
+
+    def launch_and_forget(self: Any, *args: Any, **kwargs: Any) -> None:
+        searched.clear()  # the end of a launch takes replacements back
+        launch(self, *args, **kwargs)
+
+    def call_again(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if module in searched:
+            return self.rewrite()(*args, **kwargs)
+        searched.add(module)
+        return call(self, *args, **kwargs)
+
+    interpreter._get_np_dtype = dtype_by_name
+    interpreter.GridExecutor.__call__ = launch_and_forget
+    interpreter.InterpretedFunction.__call__ = call_again

@@ -82,7 +82,10 @@ def test_checkpointed_blocks_draw_their_masks_again(name: str, reentrant: bool) 
     assert not all_equal(step(model, inputs, seed=3), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "vit", "swin", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "llama", "encoder"))],
+)
 def test_compiled_whole_a_step_is_the_eager_one(name: str) -> None:
     """Where the untouched model compiles whole; AOTAutograd takes operations apart, so the last bits may differ."""
     model, inputs = masked(name), MODELS[name][1]
@@ -148,6 +151,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, list[torch
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_ranks_draw_their_own_masks_and_average(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import lines_of
 
 SCRIPT = Path(__file__).parent / "compile_attention.py"
 KERNELS = {"forward_kernel", "dq_kernel", "dkv_kernel"}
@@ -18,22 +15,12 @@ KERNELS = {"forward_kernel", "dq_kernel", "dkv_kernel"}
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 pytest.importorskip("triton")
-
-
-def run(*command: str) -> list[dict[str, Any]]:
-    """The JSON lines of the script; skipped if this Triton lacks what it needs."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, SCRIPT, *command], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    if "missing" in lines[0]:
-        pytest.skip(lines[0]["missing"])
-    return lines
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    return run("compile")
+    return lines_of(SCRIPT, ["compile"])
 
 
 def label(row: dict[str, Any]) -> str:
@@ -68,5 +55,5 @@ def test_accesses_are_as_wide_as_rows_allow(compiled: list[dict[str, Any]]) -> N
 
 
 def test_no_recompilation_when_pattern_seed_or_scales_change() -> None:
-    (found,) = run("keys")
+    (found,) = lines_of(SCRIPT, ["keys"])
     assert found == dict.fromkeys(KERNELS, 1)

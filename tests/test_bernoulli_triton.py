@@ -1,16 +1,9 @@
-"""The Triton kernels of the Bernoulli op: bits and values by the interpreter (or a GPU), and what they compile to.
+"""The Triton kernels of the Bernoulli op: bits and values by the interpreter (or a GPU).
 
-Memory that is allocated is filled with NaN first, so that a cell that is not written shows. `pytest -s` prints a table
-of the compiled code, which needs no GPU.
+Memory that is allocated is filled with NaN first, so that a cell that is not written shows.
 """
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +16,6 @@ from autodropout.kernels.bernoulli import threshold_of
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SCRIPT = Path(__file__).parent / "compile_bernoulli.py"
 LAST = torch.channels_last
 # Shape, shared dimensions, kernel, memory format. Long enough for several tiles along each axis, or short and odd.
 CASES: list[tuple[tuple[int, ...], list[int], str, torch.memory_format | None]] = [
@@ -176,92 +168,6 @@ def test_forms_of_memory() -> None:
     assert form_of((8, 4), (1, 8), []) is None
 
 
-# ---- compiled code ---------------------------------------------------------------------------------------------------
-
-
-def lines_of(command: str) -> list[dict[str, Any]]:
-    import json
-
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, SCRIPT, command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    if "missing" in lines[0]:
-        pytest.skip(lines[0]["missing"])
-    return lines
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
-    kernels = lines_of("compile")
-    print()
-    for kernel in kernels:
-        print(
-            f"{kernel['case']:26} {kernel['kernel']:14} {kernel['dtype']:4} {kernel['target']:6} "
-            f"{kernel['registers']:3} registers, {kernel['per_element']:4.1f} instructions per element, "
-            f"stores {kernel['stores']}"
-        )
-    return kernels
-
-
-def label(kernel: dict[str, Any]) -> str:
-    return " ".join(kernel[name] for name in ("case", "dtype", "target"))
-
-
-def of_the_activation(compiled: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [kernel for kernel in compiled if kernel["kernel"] != "count_kernel"]
-
-
-def test_what_is_compiled(compiled: list[dict[str, Any]]) -> None:
-    assert {kernel["kernel"] for kernel in compiled} == {
-        "cells_kernel", "rows_kernel", "odd_rows_kernel", "strided_kernel", "count_kernel",
-    }  # fmt: skip
-    assert {kernel["target"] for kernel in compiled} == {"sm_90", "gfx942"}
-    assert {kernel["dtype"] for kernel in compiled} == {"fp64", "fp32", "fp16", "bf16"}
-
-
-def test_nothing_is_spilled(compiled: list[dict[str, Any]]) -> None:
-    """At most 128 registers: four programs of 128 threads on a processor of 65,536."""
-    for kernel in compiled:
-        assert kernel["spilled"] == 0, label(kernel)
-        assert kernel["scratch"] == 0, label(kernel)
-        assert kernel["registers"] <= 128, (label(kernel), kernel["registers"])
-
-
-def test_every_access_takes_16_bytes(compiled: list[dict[str, Any]]) -> None:
-    """All these shapes allow it. The stores of a thread are its share of a tile; loads may include the seed."""
-    for kernel in of_the_activation(compiled):
-        count = kernel["tile_bytes"] // 16 // kernel["threads"]
-        assert kernel["stores"] == {"16": count}, (label(kernel), kernel["raw"])
-        assert kernel["loads"].get("16", 0) == count, (label(kernel), kernel["raw"])
-
-
-# Kernels that add 64 bits, the first element of a tile, and then 32, the place in the tile.
-FIRST_OF_TILE = {"cells_kernel", "odd_rows_kernel"}
-
-
-def test_every_element_is_read_once_and_written_once(compiled: list[dict[str, Any]]) -> None:
-    """Straight-line code, one load and one store; their offsets are of 64 bits, for 2^31 and more, or those of the
-    first element of a tile are.
-    """
-    for kernel in of_the_activation(compiled):
-        offsets = ["i64", "i32"] if kernel["kernel"] in FIRST_OF_TILE else ["i64"]
-        assert kernel["offsets"] == {"x_ptr": offsets, "y_ptr": offsets}, label(kernel)
-        assert kernel["accesses"] == {"load": 1, "store": 1}, label(kernel)
-        assert kernel["loops"] == 0, label(kernel)
-
-
-def test_large_activations_are_not_addressed_with_32_bits(compiled: list[dict[str, Any]]) -> None:
-    """AMD's buffer instructions take 32-bit offsets: fit for less than 2^31 bytes, and only there, or from the first
-    element of a tile on.
-    """
-    huge = [kernel for kernel in compiled if kernel["case"].startswith("huge") and kernel["target"] == "gfx942"]
-    assert len(huge) == 3
-    for kernel in huge:
-        if kernel["kernel"] not in FIRST_OF_TILE:
-            assert not any(name.startswith("buffer_") for name in kernel["raw"]), kernel["raw"]
-
-
 def test_a_tile_of_cells_never_spans_more_than_32_bits() -> None:
     """`cells_kernel` places its rows in a tile with int32: several rows in a tile must be short."""
     from autodropout.kernels import bernoulli_triton
@@ -272,26 +178,3 @@ def test_a_tile_of_cells_never_spans_more_than_32_bits() -> None:
         for fragments in lengths:
             side, _ = bernoulli_triton._tile(fragments, most)
             assert side == most or (most // side) * fragments * lanes < 2**31, (lanes, fragments, side)
-
-
-# SASS instructions per element on sm_90, all kernels in bf16; a call of Philox takes 10 of them (docs/bernoulli.md).
-MOST = {"cells_kernel": 22, "rows_kernel": 18, "odd_rows_kernel": 24, "strided_kernel": 22}
-MOST_UNALIGNED = 26  # three calls for eight places
-
-
-def test_instructions_per_element(compiled: list[dict[str, Any]]) -> None:
-    """An H100 moves 4 bytes in the time of about 39 instructions: there all are bound by memory."""
-    found = [
-        kernel for kernel in of_the_activation(compiled) if (kernel["dtype"], kernel["target"]) == ("bf16", "sm_90")
-    ]
-    assert len(found) >= 10
-    for kernel in found:
-        most = MOST_UNALIGNED if kernel["case"].endswith("channels_last 7x7") else MOST[kernel["kernel"]]
-        assert kernel["per_element"] <= most, (label(kernel), kernel["per_element"])
-
-
-def test_no_recompilation_when_rate_seed_or_rank_change() -> None:
-    (keys,) = lines_of("keys")
-    assert keys.pop("control") == 2
-    assert len(keys) == 8
-    assert set(keys.values()) == {1}, keys

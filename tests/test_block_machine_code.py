@@ -6,15 +6,12 @@ The kernels are compiled by `compile_block.py` in processes of their own, becaus
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import lines_of
 
 SCRIPT = Path(__file__).parent / "compile_block.py"
 PARTS = 2
@@ -25,34 +22,12 @@ MOST_INSTRUCTIONS = {"contiguous": 21, "channels_last": 31}
 MOST_REGISTERS = 128
 
 pytest.importorskip("triton")
-
-
-def compiled_lines(*commands: list[str]) -> list[dict[str, Any]]:
-    """The JSON lines of several runs of the script side by side; skipped if this Triton lacks what it needs."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, *command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command in commands
-    ]
-    lines = []
-    for process in processes:
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        lines += [json.loads(line) for line in out.splitlines()]
-    if "missing" in lines[0]:
-        pytest.skip(lines[0]["missing"])
-    return lines
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    lines = compiled_lines(*(["compile", str(part), str(PARTS)] for part in range(PARTS)))
+    lines = lines_of(SCRIPT, *(["compile", str(part), str(PARTS)] for part in range(PARTS)))
     print()
     for line in lines:
         print(
@@ -113,7 +88,7 @@ def test_instructions_per_element(compiled: list[dict[str, Any]]) -> None:
 
 def test_no_recompilation_when_rate_size_seed_or_rank_change() -> None:
     """Triton looks compiled code up by a key that it computes from the arguments: 50 launches, one key."""
-    (found,) = compiled_lines(["keys"])
+    (found,) = lines_of(SCRIPT, ["keys"])
     launches = {name: value for name, value in found.items() if "control" not in name}
     assert len(launches) == 40
     for name, value in launches.items():

@@ -103,6 +103,7 @@ print(loop(twice)(numpy.ones(3, dtype)).tolist())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_keep_a_loop_at_the_same_time(tmp_path: Path) -> None:
     (tmp_path / "looped.py").write_text("def twice(x):\n    return 2 * x\n")
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import lines_of
 
 SCRIPT = Path(__file__).parent / "compile_fused.py"
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 OVER_ACTIVATIONS = {
     "moments_kernel",
@@ -32,20 +30,9 @@ OVER_ACTIVATIONS = {
 WRITING = OVER_ACTIVATIONS - {"moments_kernel", "sums_kernel", "run_moments_kernel", "run_sums_kernel"}
 
 
-def run(*command: str) -> list[dict[str, Any]]:
-    """The JSON lines of the script; skipped if this Triton lacks what it needs."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, SCRIPT, *command], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    if "missing" in lines[0]:
-        pytest.skip(lines[0]["missing"])
-    return lines
-
-
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    return run("compile")
+    return lines_of(SCRIPT, ["compile"])
 
 
 def label(row: dict[str, Any]) -> str:
@@ -78,6 +65,6 @@ def test_activations_are_addressed_with_64_bits(compiled: list[dict[str, Any]]) 
 
 
 def test_no_recompilation_when_pattern_scale_or_eps_change() -> None:
-    (found,) = run("keys")
+    (found,) = lines_of(SCRIPT, ["keys"])
     assert found.keys() > OVER_ACTIVATIONS
     assert set(found.values()) == {1}, found

@@ -158,6 +158,7 @@ def twin(recipe: ImageNetRecipe) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_two_ranks_end_in_the_weights_of_a_twin_on_one(seen: list[Seen]) -> None:
     # Halves of gradients are exact, and a sum of two is the same in any order: not even the last bit may differ.
     expected = twin(RECIPE).state_dict()
@@ -166,6 +167,7 @@ def test_two_ranks_end_in_the_weights_of_a_twin_on_one(seen: list[Seen]) -> None
         assert all(torch.equal(seen[rank]["plain"][name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_masks_differ_between_ranks_and_between_steps(seen: list[Seen]) -> None:
     first, second = (seen[rank]["masks"] for rank in range(RANKS))
     calls = RECIPE.epochs * 2 * RECIPE.accumulated
@@ -178,6 +180,7 @@ def test_masks_differ_between_ranks_and_between_steps(seen: list[Seen]) -> None:
     assert abs(float(agreement) - (0.3**2 + 0.7**2)) < 0.004
 
 
+@pytest.mark.slow
 def test_ranks_agree_and_a_second_run_repeats_the_first(seen: list[Seen]) -> None:
     for rank in range(RANKS):
         assert (seen[rank]["loss"], seen[rank]["digest"]) == (seen[0]["loss"], seen[0]["digest"])
@@ -185,6 +188,7 @@ def test_ranks_agree_and_a_second_run_repeats_the_first(seen: list[Seen]) -> Non
     assert math.isfinite(seen[0]["loss"])
 
 
+@pytest.mark.slow
 def test_only_rank_0_writes_and_every_checkpoint_goes_on_to_the_same_weights(seen: list[Seen]) -> None:
     assert seen[0]["files"] == ["1.pt", "2.pt", "model.pt"]
     assert seen[1]["files"] == []
@@ -193,12 +197,14 @@ def test_only_rank_0_writes_and_every_checkpoint_goes_on_to_the_same_weights(see
         assert seen[rank]["continued"] == [(seen[0]["loss"], seen[0]["digest"], RECIPE.epochs)] * 2
 
 
+@pytest.mark.slow
 def test_accuracy_counts_every_image_once(seen: list[Seen]) -> None:
     assert len(TEST) % RANKS == 1
     for rank in range(RANKS):
         assert seen[rank]["accuracy"] == seen[0]["correct"] / len(TEST)
 
 
+@pytest.mark.slow
 def test_the_group(seen: list[Seen]) -> None:
     for rank in range(RANKS):
         assert seen[rank]["broadcast"] == {"from": 0}

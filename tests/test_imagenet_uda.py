@@ -194,6 +194,7 @@ def twin() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_two_ranks_end_in_the_weights_of_a_twin_on_one(seen: list[Seen]) -> None:
     # Halves of gradients are exact, and a sum of two is the same in any order: not even the last bit may differ.
     expected = twin().state_dict()
@@ -202,6 +203,7 @@ def test_two_ranks_end_in_the_weights_of_a_twin_on_one(seen: list[Seen]) -> None
         assert all(torch.equal(seen[rank]["plain"][name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_the_teacher_has_no_masks_and_those_of_the_student_differ_between_ranks_and_steps(seen: list[Seen]) -> None:
     calls = RECIPE.epochs * 2 * RECIPE.accumulated
     masks: list[torch.Tensor] = []
@@ -220,6 +222,7 @@ def test_the_teacher_has_no_masks_and_those_of_the_student_differ_between_ranks_
     assert abs(float(agreement) - (0.3**2 + 0.7**2)) < 0.003
 
 
+@pytest.mark.slow
 def test_it_repeats_and_every_checkpoint_goes_on_to_the_same_weights(seen: list[Seen]) -> None:
     assert seen[0]["files"] == ["1.pt", "2.pt", "model.pt"]
     assert seen[1]["files"] == []

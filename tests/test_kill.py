@@ -188,7 +188,11 @@ def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("make", "trials", "snapshot_seconds", "least"),
-    [(toy, 40, 0, 25), (controller, 40, 1000, 50), (controller, 10, 0, 8)],
+    [
+        (toy, 40, 0, 25),
+        pytest.param(controller, 40, 1000, 50, marks=pytest.mark.slow),
+        (controller, 10, 0, 8),
+    ],
 )
 def test_killed_at_random_steps_again_and_again(
     tmp_path: Path, make: Callable[[], Searcher], trials: int, snapshot_seconds: float, least: int

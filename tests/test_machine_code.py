@@ -6,14 +6,11 @@ The kernels are compiled by `compile_kernels.py` in processes of their own, beca
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import lines_of
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 PARTS = 2
@@ -25,32 +22,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 
-def run(*commands: list[str]) -> list[dict[str, Any]]:
-    """The JSON lines of several runs of the script side by side; skipped if this Triton lacks what it needs."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, *command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command in commands
-    ]
-    lines = []
-    for process in processes:
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        lines += [json.loads(line) for line in out.splitlines()]
-    if "missing" in lines[0]:
-        pytest.skip(lines[0]["missing"])
-    return lines
-
-
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    kernels = run(*(["compile", str(part), str(PARTS)] for part in range(PARTS)))
+    kernels = lines_of(SCRIPT, *(["compile", str(part), str(PARTS)] for part in range(PARTS)))
     order = ("kernel", "shape", "dtype", "target")
     kernels.sort(key=lambda kernel: tuple(kernel[name] for name in order))
     print()
@@ -184,7 +158,7 @@ def test_no_recompilation_when_pattern_seed_or_rank_change() -> None:
 
     Neither do the sides of the map recompile where it holds a multiple of 8 cells; the dtype does, and a map of 7x7.
     """
-    (found,) = run(["keys"])
+    (found,) = lines_of(SCRIPT, ["keys"])
     expected = {"maps": {"launches": 2, "keys": 1}, "control": {"launches": 3, "keys": 3}}
     fifty = {"launches": 50, "keys": 1}
     assert {name: value for name, value in found.items() if value != expected.get(name.split()[1], fifty)} == {}

@@ -69,7 +69,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"), body, sites=3)
 
 
-@pytest.fixture(scope="module", params=RUNNERS)
+# Ray's own tests are in test_runners.py; here a second cluster has to be started.
+@pytest.fixture(scope="module", params=["in-process", "processes", pytest.param("ray", marks=pytest.mark.slow)])
 def runner(request: pytest.FixtureRequest, recipe: Path) -> Iterator[Lent]:
     if request.param == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed")

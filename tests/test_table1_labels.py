@@ -57,6 +57,7 @@ def task_of(*arguments: str, preset: str = "demo") -> ImageNetUdaTask:
     return task
 
 
+@pytest.mark.slow
 def test_to_the_table_and_again(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

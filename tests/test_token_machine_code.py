@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import lines_of
 
 SCRIPT = Path(__file__).parent / "compile_token.py"
 ELEMENTWISE = ("apply_kernel", "apply_keys_kernel")
@@ -27,22 +24,12 @@ MOST_INSTRUCTIONS = {
 }
 
 pytest.importorskip("triton")
-
-
-def run(command: str) -> list[dict[str, Any]]:
-    """The JSON lines of the script; skipped if this Triton lacks what it needs."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, SCRIPT, command], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    if "missing" in lines[0]:
-        pytest.skip(lines[0]["missing"])
-    return lines
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    kernels = run("compile")
+    kernels = lines_of(SCRIPT, ["compile"])
     print()
     for kernel in kernels:
         print(
@@ -135,7 +122,7 @@ def test_bfloat16_is_rounded_to_nearest_even(compiled: list[dict[str, Any]]) -> 
 
 def test_no_recompilation_when_size_stride_rate_seed_or_rank_change() -> None:
     """Triton looks compiled code up by a key that it computes from the arguments: 50 launches, one key."""
-    (found,) = run("keys")
+    (found,) = lines_of(SCRIPT, ["keys"])
     assert found.pop("control") == 3
     assert len(found) == 20
     assert found == dict.fromkeys(found, 1)
