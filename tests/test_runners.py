@@ -251,14 +251,16 @@ def test_each_worker_has_its_share_of_the_threads(harness: Harness) -> None:
     assert outcome.metric == (303 if harness.kind == "processes" else 101)  # 7 // 2; one core an actor
 
 
-def test_no_more_tasks_than_slots(harness: Harness) -> None:
-    slots = harness.runner.slots
+def test_no_more_tasks_than_slots(harness: Harness, tmp_path: Path) -> None:
+    slots, gate = harness.runner.slots, tmp_path / "gate"
+    code = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
     for number in range(slots):
-        harness.runner.submit(a_task("import time; time.sleep(0.3)", number))
+        harness.runner.submit(a_task("pass" if harness.kind == "in-process" else code, number))
     with pytest.raises(RuntimeError, match="submit must be called while a slot is free"):
         harness.runner.submit(a_task("pass", slots))
     if harness.kind != "in-process":
         assert harness.runner.wait(0.01) == []  # too early
+        gate.touch()
     numbers: list[int] = []
     while len(numbers) < slots:
         numbers += [outcome.task.number for outcome in harness.runner.wait(None)]

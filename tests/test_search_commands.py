@@ -211,6 +211,7 @@ def test_the_controller_with_early_stopping(tmp_path: Path, capsys: pytest.Captu
     write_recipe(tmp_path, "for step in (1, 4):\n    report(step, metric)", direction="min")
     words = ["search", "toy.py", "--trials", "36", "--run", "run", "--early-stopping", "1"]
     assert main(words) == 0
+    assert "early stopping" not in capsys.readouterr().out
     stopped = [record for record in records(tmp_path / "run", "tell") if record["stopped"] is not None]
     assert stopped
     page = checked_page(tmp_path / "run")
@@ -221,6 +222,18 @@ def test_the_controller_with_early_stopping(tmp_path: Path, capsys: pytest.Captu
     assert main(["resume", "run", "--trials", "40"]) == 0
     best = min(record["metric"] for record in records(tmp_path / "run", "tell"))
     assert f"best metric {best:.5g} " in capsys.readouterr().out
+
+
+def test_early_stopping_of_a_recipe_that_reports_nothing_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(tmp_path)
+    words = ["search", "toy.py", "--trials", "2", "--run", "run", "--searcher", "random", "--early-stopping", "3"]
+    assert main(words) == 0
+    message = "early stopping had nothing to compare: the recipe reports nothing at step 3 or later\n"
+    assert message in capsys.readouterr().out
+    assert main(["resume", "run", "--trials", "4"]) == 0
+    assert message in capsys.readouterr().out
 
 
 def test_two_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

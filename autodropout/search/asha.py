@@ -67,6 +67,11 @@ class Asha:
         self._stopped[number] = step
         return False
 
+    @property
+    def compared(self) -> bool:
+        """Whether any report has come to a step of comparison."""
+        return bool(self._scores)
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, JSON values by name: recorded with a search, and compared when it is resumed."""
         return {"name": "asha", "direction": self.direction, "grace": self.grace, "reduction": self.reduction}

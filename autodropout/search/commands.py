@@ -18,6 +18,7 @@ from .recipe import shipped_recipes
 from .searchers import SEARCHERS
 
 if TYPE_CHECKING:
+    from .asha import Asha
     from .driver import SearchResult
     from .export import Export
     from .replay import Observer
@@ -59,7 +60,12 @@ def add_commands(commands: Any) -> dict[str, Command]:
         "--retries", type=_integer(0), default=1, metavar="N", help="of a failed training (default: %(default)s)"
     )
     search.add_argument("--timeout", type=_above_zero, metavar="SECONDS", help="of a training; then it is killed")
-    search.add_argument("--memory-limit", type=_above_zero, metavar="GIB", help="of a training's data (Linux)")
+    search.add_argument(
+        "--memory-limit",
+        type=_above_zero,
+        metavar="GIB",
+        help="of a training's data, of which Python with torch takes about 0.8 (Linux)",
+    )
     search.add_argument(
         "--early-stopping",
         type=_integer(1),
@@ -134,7 +140,7 @@ def _search(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             runner_settings=settings,
             command=command,
         )
-    return _conclude(result)
+    return _conclude(result, stopper)
 
 
 def _resume(arguments: argparse.Namespace, command: Sequence[str]) -> int:
@@ -148,6 +154,7 @@ def _resume(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     history, recipe, space = open_search(folder)
     settings = _other_workers(history.header["runner"], arguments.workers)
     runner = make_runner(settings, folder)
+    stopper = stopper_again(history)
     with ExitStack() as stack:
         result = resume_search(
             folder,
@@ -155,13 +162,13 @@ def _resume(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             searcher_again(history, space),
             runner,
             trials=arguments.trials,
-            stopper=stopper_again(history),
+            stopper=stopper,
             observers=_observers(stack, folder, runner.slots),
             searcher_name=history.header["searcher"]["name"],
             runner_settings=settings,
             command=command,
         )
-    return _conclude(result)
+    return _conclude(result, stopper)
 
 
 def _report(arguments: argparse.Namespace, command: Sequence[str]) -> int:
@@ -208,13 +215,15 @@ def _observers(stack: ExitStack, folder: Path, workers: int) -> list[Observer]:
     return found
 
 
-def _conclude(result: SearchResult) -> int:
+def _conclude(result: SearchResult, stopper: Asha | None) -> int:
     folder = shlex.quote(str(result.folder))
     if result.interrupted:
         print(f"autodropout: interrupted; autodropout resume {folder} goes on", file=sys.stderr)
         return INTERRUPTED
     best = "" if result.best is None else f"; best metric {result.metrics[result.best]:.5g} in trial {result.best}"
     print(f"{result.trials} trials: {len(result.metrics)} finished, {len(result.failed)} failed{best}")
+    if stopper is not None and result.metrics and not stopper.compared:
+        print(f"early stopping had nothing to compare: the recipe reports nothing at step {stopper.grace} or later")
     try:
         page = importlib.import_module(".report", __package__).write_report(result.folder)
         print(f"report: {page}")
