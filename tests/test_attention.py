@@ -162,7 +162,8 @@ def test_gradients_and_their_gradients(sharing: tuple[bool, bool], causal: bool)
         return token_attention(*leaves, (2, 1, 0.4), SEED, causal=causal, **options)
 
     assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    # Of one sample: the time grows with the square of the elements.
+    assert torch.autograd.gradgradcheck(function, [x[:1].detach().requires_grad_() for x in leaves])
 
 
 def test_forward_mode_and_vmap_are_refused() -> None:

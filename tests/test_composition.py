@@ -145,6 +145,7 @@ def test_compiled_equals_eager() -> None:
             assert torch.equal(got["gradients"][name], gradient), name
 
 
+@pytest.mark.slow
 @dynamo_reads_patterns_lazily
 def test_inductor_draws_the_masks_of_eager_in_program_order() -> None:
     """It fuses, and so rounds differently: masks are compared, of the forward and of the backward pass."""
@@ -155,6 +156,7 @@ def test_inductor_draws_the_masks_of_eager_in_program_order() -> None:
         check_backward_masks(got, expected["masks"])
 
 
+@pytest.mark.slow
 @dynamo_reads_patterns_lazily
 def test_inductor_draws_the_seeds_of_eager_in_an_order_of_its_own() -> None:
     """By default it moves ops that do not depend on each other, draws among them, to save memory.

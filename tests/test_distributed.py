@@ -125,6 +125,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_draw_their_own_masks(ranks: list[Seen], name: str) -> None:
     """With the same seed, given or drawn, and each the mask that `rank=` names."""
@@ -134,6 +135,7 @@ def test_ranks_draw_their_own_masks(ranks: list[Seen], name: str) -> None:
         assert torch.equal(ranks[rank]["own"][name], drop(CASES[name], rank=rank))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_draw_equal_masks_on_request(ranks: list[Seen], name: str) -> None:
     for seen in ranks:
@@ -158,6 +160,7 @@ def expected_training(model: nn.Module) -> list[list[torch.Tensor]]:
     return gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_gradients_are_the_mean_over_ranks(ranks: list[Seen], wrapper: str) -> None:
     """Equal on both, and those of one process; a mean of two is one rounding, and each wrapper sums in its order."""
@@ -170,17 +173,20 @@ def test_gradients_are_the_mean_over_ranks(ranks: list[Seen], wrapper: str) -> N
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp_draw_the_same_masks(ranks: list[Seen]) -> None:
     """The losses of the first step are those of equal weights: bitwise equal if all masks are."""
     for seen in ranks:
         assert torch.equal(seen["ddp"]["losses"][0], seen["fsdp"]["losses"][0])
 
 
+@pytest.mark.slow
 def test_a_policy_comes_off_a_sharded_model(ranks: list[Seen]) -> None:
     """What is left is the plain model: alike on all ranks though they draw different masks."""
     assert torch.equal(ranks[0]["fsdp, removed"], ranks[1]["fsdp, removed"])
 
 
+@pytest.mark.slow
 def test_ddp_finds_every_gradient_where_everything_is_dropped(ranks: list[Seen]) -> None:
     for seen in ranks:
         assert all(not gradient.any() for gradient in seen["all dropped"])

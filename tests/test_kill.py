@@ -170,6 +170,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> None:
     Lives(folder / "run", write_recipe(folder), controller, trials=5, snapshot_seconds=0).live()
 
 
+@pytest.mark.slow
 def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step of a small search is the last of one driver; its successor goes on undisturbed."""
     recipe = write_recipe(tmp_path, BODY)

@@ -489,6 +489,7 @@ def test_turns_of_loops_that_compilers_unroll(tmp_path: Path) -> None:
         assert moved == {"x_ptr": exact, "y_ptr": 20 * 4}
 
 
+@pytest.mark.slow
 def test_table_of_one_case(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     out = run(ROOT / "bench/machine_code.py", "--only", "tiled 128x160x32x32 contiguous bf16", "--target", "sm_90",

@@ -1,6 +1,6 @@
 """The contract of every runner, and what becomes of a training that raises, dies, hangs or fills its memory.
 
-The recipe of these tests runs the code that it finds in its policy's provenance. The Ray cluster has two nodes, of one
+The recipe of these tests runs the code that it finds in its policy's provenance. The Ray cluster has three nodes, of one
 core each, on this machine; so that of two workers each is on another node.
 """
 
@@ -123,7 +123,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_nodes() -> Iterator[str]:
+def three_nodes() -> Iterator[str]:
+    """With a core each: two for the actors of `shared`, which may live as long, one for what a test starts."""
     pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -133,7 +134,8 @@ def two_nodes() -> Iterator[str]:
         node = {"num_cpus": 1, "object_store_memory": 100 << 20}
         cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         try:
-            cluster.add_node(**node)
+            for _ in range(2):
+                cluster.add_node(**node)
             yield cluster.address
         finally:
             cluster.shutdown()
@@ -146,7 +148,9 @@ def seven_cores() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=["in-process", "processes", pytest.param("ray", marks=needs_ray)])
+@pytest.fixture(
+    scope="module", params=["in-process", "processes", pytest.param("ray", marks=[needs_ray, pytest.mark.slow])]
+)
 def shared(request: pytest.FixtureRequest, recipe: Path) -> Iterator[Harness]:
     runner: Runner
     if request.param == "in-process":
@@ -155,7 +159,7 @@ def shared(request: pytest.FixtureRequest, recipe: Path) -> Iterator[Harness]:
         request.getfixturevalue("seven_cores")
         runner = ProcessRunner(2, timeout=LIMIT, memory_limit=MEMORY, logs=recipe.parent / "logs")
     else:
-        runner = RayRunner(2, address=request.getfixturevalue("two_nodes"), timeout=LIMIT)
+        runner = RayRunner(2, address=request.getfixturevalue("three_nodes"), timeout=LIMIT)
     with runner:
         harness = Harness(request.param, runner)
         runner.start(str(recipe), harness.on_report)
@@ -380,7 +384,7 @@ with {runner}(1, {arguments}) as runner:
     [
         ("processes", "ProcessRunner", signal.SIGKILL),
         ("processes", "ProcessRunner", signal.SIGINT),
-        pytest.param("ray_cluster", "RayRunner", signal.SIGKILL, marks=needs_ray),
+        pytest.param("ray_cluster", "RayRunner", signal.SIGKILL, marks=[needs_ray, pytest.mark.slow]),
     ],
 )
 def test_no_process_outlives_its_driver(
@@ -389,7 +393,7 @@ def test_no_process_outlives_its_driver(
     ray = module == "ray_cluster"
     script = tmp_path / "driver.py"
     policy = a_task(HANG).policy
-    arguments = f"address={request.getfixturevalue('two_nodes')!r}" if ray else ""
+    arguments = f"address={request.getfixturevalue('three_nodes')!r}" if ray else ""
     script.write_text(
         DRIVER.format(module=module, runner=runner, arguments=arguments, recipe=str(recipe), policy=policy)
     )
@@ -550,10 +554,11 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         RayRunner(1)
 
 
+@pytest.mark.slow
 @needs_ray
-def test_workers_that_no_cluster_can_hold_are_refused(recipe: Path, two_nodes: str) -> None:
+def test_workers_that_no_cluster_can_hold_are_refused(recipe: Path, three_nodes: str) -> None:
     with (
-        RayRunner(2, cpus_per_trial=2, address=two_nodes) as runner,
+        RayRunner(2, cpus_per_trial=2, address=three_nodes) as runner,
         pytest.raises(ValueError, match="workers must be at most 0 on this cluster with 2 CPUs and 0 GPUs each, got 2"),
     ):
         runner.start(str(recipe), lambda number, step, value: True)

@@ -98,6 +98,7 @@ def test_one_rank_killed_and_all_ranks_killed_end_in_the_same_weights(which: lis
     assert {record["arguments"]["ranks"] for record in ended} == {2}  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_to_the_table_and_again(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +125,7 @@ def test_to_the_table_and_again(
     assert records(tmp_path) == made
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_paper_trains_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert script.main(["--preset", "paper", "--micro-batch", "2", "--dry-run"]) == 0
     text = capsys.readouterr().out

@@ -40,6 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_to_the_table_and_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--data", "."]) == 0
     first = capsys.readouterr().out

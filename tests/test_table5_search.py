@@ -53,6 +53,7 @@ def test_a_search_repeats_itself_and_its_weights_can_be_off() -> None:
     assert search(Job("kinds", table5_search.NO_WEIGHTS, 1, 50, 64))["settings"]["importance_weights"] is False
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_its_table_and_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

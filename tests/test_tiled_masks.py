@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ CASES = RANDOM + large_cases(seed=20211)
 LARGE_INDICES = range(len(RANDOM), len(CASES))
 NORMALIZE = ["mask", "expected", "none"]
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu])] if torch.cuda.is_available() else ["cpu"]
+
+
+def always_or_slow(random: int, count: int) -> list[Any]:
+    """Indices of cases, of which those beyond the first hundred random ones wait for the slow tests."""
+    return [pytest.param(i, marks=[pytest.mark.slow] if 100 <= i < random else []) for i in range(count)]
 
 
 def run(x: torch.Tensor, case: Case, normalize: str) -> torch.Tensor:
@@ -67,7 +73,7 @@ def test_mask_equals_the_twin(index: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("index", range(len(CASES)))
+@pytest.mark.parametrize("index", always_or_slow(len(RANDOM), len(CASES)))
 def test_values_and_gradients_equal_the_twin(index: int, device: str) -> None:
     """Every dtype, every normalisation; the gradient is the same op on the upstream gradient."""
     case = CASES[index]
@@ -182,11 +188,6 @@ def test_expected_rate_is_the_exact_fraction() -> None:
 # The Triton kernels by their launchers. The interpreter takes milliseconds per program, hence mostly small tensors.
 TRITON_CASES = [case for case in RANDOM if kept_of(case).numel() <= 2048]
 TRITON_LARGE = [case for case in CASES[len(RANDOM) :] if kept_of(case).numel() <= 2**16]
-TRITON_INDICES = [
-    # The first hundred and the large ones always, the others where there is time.
-    pytest.param(index, marks=[pytest.mark.slow] if 100 <= index < len(TRITON_CASES) else [])
-    for index in range(len(TRITON_CASES) + len(TRITON_LARGE))
-]
 INTERPRETED = not torch.cuda.is_available()
 COMBINATIONS = [(dtype, normalize) for dtype in DTYPES.values() for normalize in NORMALIZE]
 
@@ -232,7 +233,7 @@ def test_enough_cases_go_through_the_triton_kernels() -> None:
 # NumPy warns where the interpreter rounds to an infinity, and where it multiplies one by zero at a dropped cell.
 @pytest.mark.usefixtures("filled_memory")
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-@pytest.mark.parametrize("index", TRITON_INDICES)
+@pytest.mark.parametrize("index", always_or_slow(len(TRITON_CASES), len(TRITON_CASES) + len(TRITON_LARGE)))
 def test_triton_kernels_equal_the_twin(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One dtype and normalisation for each random case in turn, three for each large one; several layouts."""
     from autodropout.kernels import tiled_triton
