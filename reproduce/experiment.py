@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import time
@@ -116,6 +117,7 @@ class Task(ABC):
         metric: its name in the records.
         larger_is_better: of the metric.
         strengths: what is tried for each method; none for one that has nothing to tune.
+        labels: how many, or what share, of the training images have one; None: all, or the task has no labels.
     """
 
     settings: Settings
@@ -124,6 +126,7 @@ class Task(ABC):
     metric: str
     larger_is_better: bool
     strengths: Mapping[str, tuple[float, ...]]
+    labels: float | None = None
 
     @abstractmethod
     def applied(self, job: Job) -> object:
@@ -172,6 +175,7 @@ class Experiment:
             "schema": SCHEMA,
             "recipe": dataclasses.asdict(settings.recipe),
             "data": task.fingerprint,
+            "labels": task.labels,
             "final_on_all": settings.final_on_all,
             "policy": settings.policy.to_json(),
             "versions": versions(),
@@ -300,8 +304,10 @@ class Experiment:
         totals = dict.fromkeys(sorted(strengths), 0.0)
         for job, value in trials.items():
             if job.method == method and job.strength is not None:
-                totals[job.strength] += value if self.task.larger_is_better else -value
-        return max(totals, key=lambda strength: totals[strength])
+                better = value if self.task.larger_is_better else -value
+                totals[job.strength] += better if math.isfinite(better) else -math.inf  # a training that diverged
+        # Sums of equal results may differ in their last bits.
+        return max(totals, key=lambda strength: round(totals[strength], 9))
 
     def _store(self, record: dict[str, Any]) -> None:
         _write_json(self.runs / f"{record['key']}.json", record)

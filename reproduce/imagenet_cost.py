@@ -13,7 +13,7 @@ from .dry_run import models_line
 from .imagenet_presets import IMAGENET_CLASSES
 from .imagenet_presets import IMAGENET_TRAIN
 from .imagenet_presets import Preset
-from .imagenet_task import methods_for
+from .imagenet_task import chosen_methods
 from .imagenet_training import LABEL_SMOOTHING
 from .imagenet_training import ImageNetRecipe
 from .imagenet_uda import ImageNetUdaRecipe
@@ -56,7 +56,7 @@ def described(args: argparse.Namespace, preset: Preset, recipe: ImageNetRecipe) 
                 phase, each, labels, images, recipe.epochs, steps * recipe.epochs, uda, recipe.ranks
             )
     else:
-        methods = args.methods or methods_for(recipe.model)
+        methods = chosen_methods(recipe.model, args.methods)
         batch, smoothing = f"{recipe.batch_size:,}", f"; label smoothing {LABEL_SMOOTHING:g}"
         cost = cost_of(classification_step(build, recipe.micro_batch, 3, network.image_size, LABEL_SMOOTHING))
         at_once = f"{recipe.micro_batch} images of {network.image_size}x{network.image_size}"

@@ -73,10 +73,10 @@ def uda_report(task: ImageNetUdaTask, results: Sequence[Result]) -> Report:
     settings, data = task.settings, task.data
     recipe = settings.recipe
     pool = data.pool if settings.final_on_all else data.train
-    labels = label_count(task.share, len(pool))
+    labels = label_count(task.labels, len(pool))
     tuned = ""
     if settings.final_on_all:
-        few = label_count(task.share, len(data.train))
+        few = label_count(task.labels, len(data.train))
         tuned = f" (strengths: {few:,} labelled, {len(data.train) - few:,} unlabelled)"
     together = "" if recipe.ranks == 1 else f", {recipe.ranks} processes"
     title = [
@@ -86,7 +86,7 @@ def uda_report(task: ImageNetUdaTask, results: Sequence[Result]) -> Report:
         f"Data: {data.title}, fingerprint {data.fingerprint[:12]}; {labels:,} labelled, {len(pool) - labels:,} "
         f"unlabelled training images{tuned}, {len(data.valid):,} validation, {len(data.test):,} test images",
     ]
-    known = _is_imagenet(task) and recipe.model == LABEL_RECIPE.model and task.share == UDA_PAPER_LABELS
+    known = _is_imagenet(task) and recipe.model == LABEL_RECIPE.model and task.labels == UDA_PAPER_LABELS
     notes = uda_notes(settings, results, "ImageNet with a tenth of the labels, ResNet-50, beside that experiment only.")
     return title, uda_rows(settings, results, UDA_PAPER if known else None), notes
 

@@ -43,6 +43,19 @@ def methods_for(model: str) -> tuple[str, ...]:
     return tuple(method for method in METHODS if blocks or method != "stochasticdepth")
 
 
+def chosen_methods(model: str, methods: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The methods asked for, or all that the network can have.
+
+    Raises:
+        ValueError: the network cannot have one; names --methods.
+    """
+    able = methods_for(model)
+    for method in methods or ():
+        if method not in able:
+            raise ValueError(f"--methods takes {', '.join(able)} for {model}, got {method!r}")
+    return methods or able
+
+
 def network_policy(model: str, method: str, strength: float | None, block_size: int, learned: Policy) -> Policy:
     """The policy of a method at a strength, as `methods.method_policy`, for a network of `models.imagenet`.
 

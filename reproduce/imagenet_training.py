@@ -285,10 +285,17 @@ def _train_epoch(
 
 
 def _average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """Of the weights and of the statistics of batch normalisation."""
+    """Of the weights and of the statistics of batch normalisation. After n updates the decay is at most (1 + n) / (10 +
+    n), as in the code of the EfficientNets' authors: else a short training would end near where it began.
+    """
     if decay is None:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def update(averages: list[torch.Tensor], values: list[torch.Tensor], updates: torch.Tensor) -> None:
+        n = int(updates)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, values, updates)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 class Normalise:

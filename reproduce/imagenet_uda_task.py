@@ -58,32 +58,33 @@ def imagenet_method_recipe(method: str, strength: float, recipe: ImageNetUdaReci
 
 
 class ImageNetUdaTask(ImageNetTask):
-    """`settings.recipe`: an `ImageNetUdaRecipe`; `share`: of the images that a model is trained on, those with labels.
+    """`settings.recipe`: an `ImageNetUdaRecipe`; `labels`: the share of the images of a model that have labels.
 
     Raises:
         ValueError: too few images of a kind for a step.
     """
 
     strengths = STRENGTHS
+    labels: float
 
-    def __init__(self, settings: Settings, data: ImageNetData, share: float) -> None:
+    def __init__(self, settings: Settings, data: ImageNetData, labels: float) -> None:
         super().__init__(settings, data)
-        self.share = share
+        self.labels = labels
         for images in (data.train, data.pool) if settings.final_on_all else (data.train,):
-            labels_and_steps(settings.recipe, share, len(images))
+            labels_and_steps(settings.recipe, labels, len(images))
 
     def policy(self, method: str, strength: float | None) -> Policy:
         return super().policy(method.removeprefix("uda+"), strength) if method.startswith("uda+") else OFF
 
     def applied(self, job: Job) -> object:
         recipe, policy = self._recipe(job), self.policy(job.method, job.strength)
-        return {"labels": self.share, "recipe": dataclasses.asdict(recipe), "policy": policy.to_json()}
+        return {"labels": self.labels, "recipe": dataclasses.asdict(recipe), "policy": policy.to_json()}
 
     def fit(
         self, job: Job, images: Images, device: torch.device, checkpoint: Path | None, on_epoch: Callable[[], None]
     ) -> tuple[TrainedModel, dict[str, Any]]:
         recipe, policy = self._recipe(job), self.policy(job.method, job.strength)
-        labels = label_count(self.share, len(images))
+        labels = label_count(self.labels, len(images))
         data = hide_labels(images, labels, job.seed)
         trained = train_uda_imagenet(recipe, policy, data, self.data.classes, job.seed, device, checkpoint, on_epoch)
         return trained, {**dataclasses.asdict(recipe), "labels": labels}

@@ -24,6 +24,7 @@ from .models.transformer_xl import Size
 from .models.transformer_xl import TransformerXL
 from .transformer_methods import Outside
 
+LARGEST = 700.0  # of a mean loss whose exp is a number
 CLIP = 0.25  # norm of the gradient, as in the authors' code
 
 
@@ -31,7 +32,7 @@ CLIP = 0.25  # norm of the gradient, as in the authors' code
 class LanguageRecipe:
     """What determines a training besides corpus, policy and seed.
 
-    Adam, learning rate up to `learning_rate` along a line over `warmup` steps and then to 0 along a cosine; gradients
+    Adam, learning rate up to `learning_rate` along a line over `warmup` steps, then as in `warmup_cosine`; gradients
     clipped to a norm of 0.25. In evaluation the memory has `evaluation_memory` words, in training `memory`.
     """
 
@@ -152,7 +153,8 @@ def latest(memories: Tensor, length: int) -> Tensor:
 
 @torch.inference_mode()
 def perplexity(model: TransformerXL, recipe: LanguageRecipe, tokens: Tensor, start: int) -> float:
-    """exp of the mean negative log-likelihood over all tokens, in evaluation mode and full precision.
+    """exp of the mean negative log-likelihood over all tokens, in evaluation mode and full precision; inf if that is
+    no number, as after a training that diverged.
 
     The text is one stream; each token is predicted once, from all before it or at least `evaluation_memory` of them.
     """
@@ -164,4 +166,5 @@ def perplexity(model: TransformerXL, recipe: LanguageRecipe, tokens: Tensor, sta
         total += float(losses.double().sum())
         memories = latest(memories, recipe.evaluation_memory)
     model.train(training)
-    return math.exp(total / len(tokens))
+    mean = total / len(tokens)
+    return math.exp(mean) if mean < LARGEST else math.inf

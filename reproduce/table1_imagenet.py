@@ -49,7 +49,7 @@ from autodropout.reproduce.imagenet_presets import Preset
 from autodropout.reproduce.imagenet_report import report
 from autodropout.reproduce.imagenet_report import uda_report
 from autodropout.reproduce.imagenet_task import ImageNetTask
-from autodropout.reproduce.imagenet_task import methods_for
+from autodropout.reproduce.imagenet_task import chosen_methods
 from autodropout.reproduce.imagenet_training import ImageNetRecipe
 from autodropout.reproduce.imagenet_uda import ImageNetUdaRecipe
 from autodropout.reproduce.imagenet_uda_task import ImageNetUdaTask
@@ -186,6 +186,7 @@ def _chosen(args: argparse.Namespace, preset: Preset) -> list[ImageNetRecipe]:
 
 def _task(args: argparse.Namespace, preset: Preset) -> ImageNetTask:
     recipe = _chosen(args, preset)[0]
+    methods = chosen_methods(recipe.model, args.methods) if args.labels is None else args.methods or UDA_METHODS
     source = args.data or (DIGITS if args.preset == "demo" else None)
     if source is None and os.environ.get(DATA_VARIABLE):
         source = os.path.join(os.environ[DATA_VARIABLE], "imagenet")
@@ -209,7 +210,7 @@ def _task(args: argparse.Namespace, preset: Preset) -> ImageNetTask:
         name=NAME,
         preset=args.preset,
         recipe=dataclasses.replace(recipe, augment=augment),
-        methods=args.methods or (methods_for(recipe.model) if args.labels is None else UDA_METHODS),
+        methods=methods,
         seeds=args.seeds or preset.seeds,
         tuning_seeds=preset.tuning_seeds,
         final_on_all=preset.final_on_all,

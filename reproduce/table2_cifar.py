@@ -65,7 +65,7 @@ NAME = "table2_cifar"
 DATA_VARIABLE = "AUTODROPOUT_DATA"
 # Accuracy of AutoDropout on CIFAR-10 with WRN-28-10 as leaderboards quote it, by augmentation. No other is known.
 PAPER = {"flip_crop": "96.8", "flip_crop+randaugment": "97.9"}
-PAPER_NETWORK = (28, 10)
+PAPER_NETWORK, PAPER_IMAGES = (28, 10), 50_000
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _parser() -> Parser:
         help="keep the labels of N training images only, and compare supervised training on them with UDA, with and "
         "without patterns (WRN-28-2 for paper)",
     )
-    parser.add_argument("--train-images", type=int, metavar="N", help="use only the first N training images")
+    parser.add_argument("--train-images", type=count, metavar="N", help="use only the first N training images")
     parser.add_argument(
         "--data",
         metavar="DIR",
@@ -213,13 +213,18 @@ def _data(args: argparse.Namespace, preset: Preset) -> ImageData:
             f"preset {args.preset} needs CIFAR-10: give --data DIR (train.parquet and test.parquet of the Hugging Face "
             f"data set uoft-cs/cifar10), set {DATA_VARIABLE}=DIR, or --data {HUB} to download it"
         )
-    images = preset.train_images if args.train_images is None else args.train_images
-    if images < 2:
-        raise ValueError(f"--train-images must be at least 2, got {images}")
+    images = _train_images(args, preset)
     if preset.valid_images is not None:
         return open_data(source, images, preset.valid_images)
     valid = max(1, images // 10)
     return open_data(source, images - valid, valid)
+
+
+def _train_images(args: argparse.Namespace, preset: Preset) -> int:
+    images: int = args.train_images or preset.train_images
+    if images < 2:
+        raise ValueError(f"--train-images must be at least 2, got {images}")
+    return images
 
 
 def _settings(args: argparse.Namespace, preset: Preset, augment: str) -> Settings:
@@ -254,7 +259,7 @@ def _described(args: argparse.Namespace, preset: Preset) -> str:
     digits = args.data == DIGITS or (args.data is None and args.preset == "demo")
     channels, size, width = (1, 8, 4) if digits else (3, 32, 2)
     settings = _settings(args, preset, "none" if digits else "flip_crop")
-    recipe, images = settings.recipe, args.train_images or preset.train_images
+    recipe, images = settings.recipe, _train_images(args, preset)
     valid = max(1, images // 10) if preset.valid_images is None else 0
     augment = recipe.augment
 
@@ -322,7 +327,11 @@ def _report(settings: Settings, data: ImageData, results: Sequence[Result]) -> t
         f"{recipe.epochs} epochs, augmentation: {recipe.augment.replace('_', ' and ').replace('+', ', ')}",
         f"Data: {data.title}, fingerprint {data.fingerprint[:12]}; {images}",
     ]
-    known = (recipe.depth, recipe.width) == PAPER_NETWORK and data.title.startswith("CIFAR-10")
+    known = (
+        (recipe.depth, recipe.width) == PAPER_NETWORK
+        and data.title.startswith("CIFAR-10")
+        and len(data.train) + len(data.valid) == PAPER_IMAGES
+    )
     rows = [
         Row(
             method_label(result.method, settings.policy_name, policy_origin(settings.policy)),

@@ -250,8 +250,8 @@ def _described(task: LanguageTask, device: torch.device) -> str:
             *_title(task, "test"),
             f"Methods: {', '.join(settings.methods)}",
             *cost_lines(cost, batch, 1, copies=2, width=2 if device.type == "cuda" else 4),
-            f"Adam, learning rate {recipe.learning_rate:g} after {recipe.warmup:,} steps, then to 0 along a cosine; a "
-            f"memory of {recipe.evaluation_memory} in evaluation",
+            f"Adam, learning rate {recipe.learning_rate:g} after {recipe.warmup:,} steps, then along the cosine of "
+            f"all; a memory of {recipe.evaluation_memory} in evaluation",
             models_line("to tune", trials, data, recipe.epochs, steps, cost.flops),
             models_line("final", settings.seeds * len(settings.methods), data, recipe.epochs, steps, cost.flops),
         ]

@@ -41,7 +41,7 @@ EPSILON = 1e-9
 class TranslationRecipe:
     """What determines a training besides corpus, policy and seed.
 
-    Adam, learning rate up to `learning_rate` along a line over `warmup` steps and then to 0 along a cosine (ours, as in
+    Adam, learning rate up to `learning_rate` along a line over `warmup` steps, then as in `warmup_cosine` (ours, as in
     table 3; Vaswani et al. have the inverse square root of the step). Cross-entropy with label smoothing of 0.1.
 
     `vocabulary` is what byte-pair encoding may have at most, `batch_words` the words of a padded batch on either side.

@@ -94,6 +94,7 @@ class UdaTask(Task):
     metric = "accuracy"
     larger_is_better = True
     strengths = STRENGTHS
+    labels: int
 
     def __init__(self, settings: Settings, data: ImageData, labels: int) -> None:
         check_labels(labels, len(data.train))

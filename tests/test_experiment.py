@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,26 @@ def test_every_method_gets_the_same_number_of_trials(data: ImageData, tmp_path: 
 def test_weaker_of_equal_strengths(data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_task, "train_model", Trainer(lambda *_: 0.5))
     assert [result.strength for result in run(SETTINGS, data, tmp_path)] == [None, 0.05, 0.05]
+
+
+def test_sums_of_equal_results_are_equal_and_a_training_that_diverged_is_the_worst(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Experiment(ImageTask(SETTINGS, data), CPU, tmp_path) as opened:
+
+        def best(*values: tuple[float, ...]) -> float | None:
+            strengths = STRENGTHS["dropout"]
+            tried = zip(strengths, values, strict=True)
+            return opened._best(
+                "dropout", {Job("tune", "dropout", s, i): v for s, vs in tried for i, v in enumerate(vs)}
+            )
+
+        assert STRENGTHS["dropout"] == (0.05, 0.1, 0.2)
+        assert 0.1 + 0.7 < 0.4 + 0.4
+        assert best((0.1, 0.7), (0.4, 0.4), (0.0, 0.0)) == 0.05
+        assert best((math.nan, 0.9), (0.1, 0.1), (0.2, 0.2)) == 0.2
+        monkeypatch.setattr(ImageTask, "larger_is_better", False)
+        assert best((math.nan, 0.9), (200.0, math.inf), (300.0, 300.0)) == 0.2
 
 
 def test_final_models_may_take_the_validation_images_back(data: ImageData, trainer: Trainer, tmp_path: Path) -> None:

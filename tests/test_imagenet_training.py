@@ -258,7 +258,8 @@ def test_learning_rate() -> None:
     assert [only_warm.rate(step, 2) for step in range(2)] == [0.25, 0.5]
 
 
-def test_averages_follow_the_weights_and_the_statistics() -> None:
+@pytest.mark.parametrize("average", [0.1, 0.75])
+def test_averages_follow_the_weights_and_the_statistics(average: float) -> None:
     recipe = dataclasses.replace(RECIPE, ranks=1, micro_batch=8, epochs=1, learning_rate=1.0, warmup=1)
     weights: list[dict[str, torch.Tensor]] = []
     step = torch.optim.SGD.step
@@ -269,9 +270,10 @@ def test_averages_follow_the_weights_and_the_statistics() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.SGD, "step", observed)
-        averaged = train(dataclasses.replace(recipe, average=0.75), OFF).model
+        averaged = train(dataclasses.replace(recipe, average=average), OFF).model
     assert len(weights) == 2
-    expected = 0.75 * weights[0]["fc"] + 0.25 * weights[1]["fc"]  # the first is taken as it is
+    decay = min(average, 2 / 11)  # the first weights are taken as they are, and after one update 0.75 would be too slow
+    expected = decay * weights[0]["fc"] + (1 - decay) * weights[1]["fc"]
     assert torch.allclose(dict(averaged.named_parameters())["fc.bias"], expected, rtol=1e-6, atol=1e-8)
     plain = train(recipe, OFF).model
     assert torch.equal(dict(plain.named_parameters())["fc.bias"], weights[1]["fc"])

@@ -73,6 +73,12 @@ def test_perplexity_by_hand() -> None:
     assert model.memories == [0, 5, 8]  # at most `evaluation_memory`
 
 
+def test_perplexity_of_a_training_that_diverged_is_infinite() -> None:
+    for probability in (0.0, math.nan):
+        model = Unigram([0.5, probability])
+        assert perplexity(model, RECIPE, torch.tensor([0, 1]), start=1) == math.inf  # type: ignore[arg-type]
+
+
 def test_perplexity_counts_every_word_once_with_its_context() -> None:
     """With a memory as long as the text it is that of one pass."""
     model = build_language_model(RECIPE, 9, Outside(), seed=1)

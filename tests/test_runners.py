@@ -1,7 +1,7 @@
 """The contract of every runner, and what becomes of a training that raises, dies, hangs or fills its memory.
 
-The recipe of these tests runs the code that it finds in its policy's provenance. The Ray cluster has three nodes, of one
-core each, on this machine; so that of two workers each is on another node.
+The recipe of these tests runs the code that it finds in its policy's provenance. The Ray cluster has three nodes, of
+one core each, on this machine; so that of two workers each is on another node.
 """
 
 from __future__ import annotations

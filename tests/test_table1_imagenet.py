@@ -169,6 +169,14 @@ def test_stochastic_depth_is_at_the_ends_of_blocks_and_grows() -> None:
         (["--preset", "proxy", "--data", "missing"], "the data folder missing does not exist"),
         (["--preset", "paper", "--data", "digits"], "scikit-learn digits (8x8) has 1000 images"),
         (["--model", "resnet50"], "--model resnet50 needs --preset proxy or paper; demo has a network of its own"),
+        (
+            ["--preset", "paper", "--model", "efficientnet_b0", "--methods", "none,stochasticdepth"],
+            "--methods takes none, dropout, spatialdropout, dropblock, autodropout for efficientnet_b0, got ",
+        ),
+        (
+            ["--preset", "paper", "--model", "efficientnet_b7", "--methods", "stochasticdepth", "--dry-run"],
+            "--methods takes none, dropout, spatialdropout, dropblock, autodropout for efficientnet_b7, got ",
+        ),
         (["--micro-batch", "3"], "batch_size must be a multiple of micro_batch * ranks = 3 * 1, got 20"),
         (["--policy", "hand-lm-v0"], "autodropout at strength 0.5: model has no sites of place"),
     ],

@@ -137,7 +137,12 @@ def test_a_policy_that_a_search_has_found(tmp_path: Path, capsys: pytest.Capture
 
 def test_paper_numbers_only_beside_the_papers_experiment() -> None:
     digits = open_data("digits", 10, 10)
-    cifar = dataclasses.replace(digits, title="CIFAR-10 (local parquet, PNG images)")
+    few = dataclasses.replace(digits, title="CIFAR-10 (local parquet, PNG images)")
+    cifar = dataclasses.replace(
+        few,
+        train=dataclasses.replace(few.train, labels=torch.zeros(45_000, dtype=torch.int64)),
+        valid=dataclasses.replace(few.valid, labels=torch.zeros(5_000, dtype=torch.int64)),
+    )
     results = [Result("none", None, (0.9,)), Result("autodropout", 1.0, (0.9,))]
 
     def shown(preset: str, augment: str, data: ImageData) -> list[str | None]:
@@ -150,6 +155,7 @@ def test_paper_numbers_only_beside_the_papers_experiment() -> None:
     assert shown("paper", "none", cifar) == [None, None]
     assert shown("paper", "flip_crop", digits) == [None, None]
     assert shown("small", "flip_crop", cifar) == [None, None]
+    assert shown("paper", "flip_crop", few) == [None, None]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> str:
@@ -182,7 +188,11 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     for option, value in (("--seeds", "0"), ("--epochs", "-3"), ("--seeds", "many")):
         line = refusal(capsys, tmp_path, option, value)
         assert f"argument {option}: must be an integer of at least 1, got {value!r}" in line
-    assert "--train-images must be at least 2, got 1" in refusal(capsys, tmp_path, "--train-images", "1")
+    for more in ([], ["--dry-run"]):
+        line = refusal(capsys, tmp_path, "--train-images", "1", *more)
+        assert "--train-images must be at least 2, got 1" in line
+        line = refusal(capsys, tmp_path, "--train-images", "0", *more)
+        assert "argument --train-images: must be an integer of at least 1, got '0'" in line
     assert "fewer than the 900 + 500 asked for" in refusal(capsys, tmp_path, "--train-images", "900")
     assert "invalid choice: 'huge'" in refusal(capsys, tmp_path, "--preset", "huge")
     monkeypatch.setenv("AUTODROPOUT_DATA", str(tmp_path / "gone"))

@@ -16,6 +16,7 @@ from autodropout import load_policy
 from autodropout.reproduce import results_page
 from autodropout.reproduce.augment import AUGMENTS
 from autodropout.reproduce.data import open_data
+from autodropout.reproduce.experiment import Experiment
 from autodropout.reproduce.experiment import Job
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
@@ -116,6 +117,12 @@ def test_recipes_of_the_methods() -> None:
     assert method_recipe("uda+dropout", 0.2, recipe) == method_recipe("uda+autodropout", 1.5, recipe) == recipe
     with pytest.raises(ValueError, match="method must be one of supervised, .*, got 'mixmatch'"):
         method_recipe("mixmatch", 1.0, recipe)
+
+
+def test_runs_with_other_labels_are_apart(tmp_path: Path) -> None:
+    data = open_data("digits", 60, 20)
+    folders = {Experiment(UdaTask(settings(), data, labels), torch.device("cpu"), tmp_path).runs for labels in (10, 20)}
+    assert len(folders) == 2
 
 
 def test_what_determines_a_model_is_in_its_key() -> None:
