@@ -70,6 +70,17 @@ class AttentionWeights(TorchFunctionMode):
         return F.linear(input, weight, bias)
 
 
+def as_autocast_would(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What `scaled_dot_product_attention` gets under autocast, which does not know our op. Rotary embeddings hand over
+    queries and keys in float32 beside values that are not.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 class Listener(AttentionWeights):
     """Reports what an attention does inside.
 
@@ -167,7 +178,7 @@ class Dropped(AttentionWeights):
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
         plain = attn_mask is None and dropout_p == 0 and query.dim() == 4 and query.shape == value.shape == key.shape
         if self.fused is not None and plain:
-            return self.fused(query, key, value, causal=is_causal, scale=scale)
+            return self.fused(*as_autocast_would(query, key, value), causal=is_causal, scale=scale)
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         scores = (query * factor) @ key.transpose(-1, -2)
         if is_causal:

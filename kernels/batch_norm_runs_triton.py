@@ -181,7 +181,7 @@ def run_moments_kernel(
         delta = x - mean
         mean += delta * (1.0 / count.to(compute))
         squares += delta * (x - mean)
-    mean_of_plane = _sums_of_planes(mean, begin, cells, PLANES, OF_PLANE, FRAGMENTS, LANES) / cells.to(compute)
+    mean_of_plane = _sums_of_planes(mean, begin, cells, PLANES, OF_PLANE, FRAGMENTS, LANES) / tl.cast(cells, compute)
     plane = channel - first_channel
     first_mean = tl.gather(mean_of_plane, tl.minimum(plane, PLANES - 1), 0)
     next_mean = tl.gather(mean_of_plane, tl.minimum(plane + 1, PLANES - 1), 0)
@@ -192,7 +192,7 @@ def run_moments_kernel(
     partial_ptr += chunk.to(tl.int64) * channels
     tl.store(partial_ptr + channel, mean_of_plane, mask=there)
     squares_of_plane = _sums_of_planes(squares, begin, cells, PLANES, OF_PLANE, FRAGMENTS, LANES)
-    tl.store(partial_ptr + chunks.to(tl.int64) * channels + channel, squares_of_plane, mask=there)
+    tl.store(partial_ptr + tl.cast(chunks, tl.int64) * channels + channel, squares_of_plane, mask=there)
 
 
 # Of a number that is loaded alone, the scale, the alignment does not matter: it must not make another variant.
@@ -305,7 +305,7 @@ def run_sums_kernel(
     bias_of_plane = _sums_of_planes(of_bias, begin, cells, PLANES, OF_PLANE, FRAGMENTS, LANES)
     weight_of_plane = _sums_of_planes(of_weight, begin, cells, PLANES, OF_PLANE, FRAGMENTS, LANES)
     tl.store(partial_ptr + channel, bias_of_plane, mask=there)
-    tl.store(partial_ptr + chunks.to(tl.int64) * channels + channel, weight_of_plane, mask=there)
+    tl.store(partial_ptr + tl.cast(chunks, tl.int64) * channels + channel, weight_of_plane, mask=there)
 
 
 @triton.jit(do_not_specialize=["scale_ptr", *SIZES])

@@ -111,12 +111,13 @@ def moments_kernel(
             squares += delta * (x - mean)
         weights += tl.where(cell < cells, 1.0, 0.0).to(compute)
     # The weight of a lane is how many cells of a sample it saw. Channels that are none are computed, and not stored.
-    mean_of_chunk = _sum_of_tile(weights * mean) / cells.to(compute)
+    mean_of_chunk = _sum_of_tile(weights * mean) / tl.cast(cells, compute)
     apart = mean - mean_of_chunk[:, None, None]
     between = (last - first).to(compute) * (weights * apart * apart)
     place = chunk.to(tl.int64) * channels + channel
     tl.store(partial_ptr + place, mean_of_chunk, mask=channel < channels)
-    tl.store(partial_ptr + chunks.to(tl.int64) * channels + place, _sum_of_tile(squares + between), channel < channels)
+    second_ptr = partial_ptr + tl.cast(chunks, tl.int64) * channels
+    tl.store(second_ptr + place, _sum_of_tile(squares + between), mask=channel < channels)
 
 
 @triton.jit
@@ -142,10 +143,10 @@ def finish_moments_kernel(
         share = (last - first).to(compute) / last.to(compute)
         place = (first * 0 + chunk).to(tl.int64) * channels + channel
         apart = tl.load(partial_ptr + place, mask=inside, other=0.0) - mean
-        more = tl.load(partial_ptr + chunks.to(tl.int64) * channels + place, mask=inside, other=0.0)
+        more = tl.load(partial_ptr + tl.cast(chunks, tl.int64) * channels + place, mask=inside, other=0.0)
         mean += apart * share
-        squares += more + apart * apart * (share * first.to(compute) * cells.to(compute))
-    size = samples.to(compute) * cells.to(compute)
+        squares += more + apart * apart * (share * first.to(compute) * tl.cast(cells, compute))
+    size = tl.cast(samples, compute) * tl.cast(cells, compute)
     rstd = 1.0 / tl.sqrt(squares / size + tl.load(eps_ptr).to(compute))
     tl.store(result_ptr + channel, mean, mask=inside)
     tl.store(result_ptr + channels + channel, rstd, mask=inside)
@@ -265,7 +266,8 @@ def sums_kernel(
             of_weight += g * centred
     place = chunk.to(tl.int64) * channels + channel
     tl.store(partial_ptr + place, _sum_of_tile(of_bias), mask=channel < channels)
-    tl.store(partial_ptr + chunks.to(tl.int64) * channels + place, _sum_of_tile(of_weight), mask=channel < channels)
+    second_ptr = partial_ptr + tl.cast(chunks, tl.int64) * channels
+    tl.store(second_ptr + place, _sum_of_tile(of_weight), mask=channel < channels)
 
 
 @triton.jit
@@ -286,11 +288,11 @@ def finish_sums_kernel(
     for chunk in range(0, chunks):
         place = (chunks * 0 + chunk).to(tl.int64) * channels + channel
         of_bias += tl.load(partial_ptr + place, mask=inside, other=0.0)
-        of_weight += tl.load(partial_ptr + chunks.to(tl.int64) * channels + place, mask=inside, other=0.0)
+        of_weight += tl.load(partial_ptr + tl.cast(chunks, tl.int64) * channels + place, mask=inside, other=0.0)
     tl.store(result_ptr + channel, of_bias, mask=inside)
     rstd = tl.load(rstd_ptr + channel, mask=inside, other=0.0)
     tl.store(result_ptr + channels + channel, of_weight * rstd, mask=inside)
-    size = samples.to(rstd.dtype) * cells.to(rstd.dtype)
+    size = tl.cast(samples, rstd.dtype) * tl.cast(cells, rstd.dtype)
     tl.store(result_ptr + 2 * channels + channel, of_bias / size, mask=inside)
     tl.store(result_ptr + 3 * channels + channel, of_weight * rstd * rstd / size, mask=inside)
 

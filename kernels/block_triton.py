@@ -49,6 +49,9 @@ DRAW_BLOCK = 64 if torch.version.hip else 32
 # the blocks of a plane; all of them draw its number of blocks.
 CALLS = 8
 
+# Programs along the second axis of a grid at most, in CUDA.
+GRID = 65_535
+
 
 # ---- device helpers ------------------------------------------------------------------------------------------------
 
@@ -311,7 +314,10 @@ def draw(
     device = bits.device
     run = run_of(blocks, width, device)
     words = run.bytes if interleaved else run.words
-    chunks = triton.cdiv((len(blocks.thresholds) + 1) // 2, CALLS)
+    calls, most = CALLS, (len(blocks.thresholds) + 1) // 2
+    while triton.cdiv(most, calls) * copies > GRID:
+        calls *= 2
+    chunks = triton.cdiv(most, calls)
     if not chunks:
         if scale is not None:
             scale.fill_(1.0)
@@ -321,7 +327,7 @@ def draw(
     draw_blocks_kernel[(triton.cdiv(n * channels, DRAW_BLOCK), chunks * copies)](
         seed, run.thresholds, words, bits, totals, bits if scale is None else scale, n * channels, channels,
         height * width, pitch, width, copies, rank, *blocks.positions, run.half, run.steps, len(words),
-        INTERLEAVED=interleaved, SCALE=scale is not None, BLOCK=DRAW_BLOCK, CALLS=CALLS, num_warps=1,
+        INTERLEAVED=interleaved, SCALE=scale is not None, BLOCK=DRAW_BLOCK, CALLS=calls, num_warps=1,
     )  # fmt: skip
 
 

@@ -25,10 +25,16 @@ def register_op(
     vmap: Callable[..., Any] | None = None,
     tags: Sequence[torch.Tag] = (),
 ) -> None:
-    """Define `autodropout::<schema>`: one implementation for all devices, its fake, backward and vmap rule."""
+    """Define `autodropout::<schema>`: one implementation for all devices, its fake, backward and vmap rule.
+
+    An op with `fields`, the numbers of a pattern, reads them on the host at every call. In a CUDA graph it would read
+    them once: Inductor is told to leave it out of those that it makes.
+    """
     name = schema.partition("(")[0]
     if hasattr(torch.ops.autodropout, name):
         return
+    if "Tensor fields" in schema and hasattr(torch.Tag, "cudagraph_unsafe"):
+        tags = (*tags, torch.Tag.cudagraph_unsafe)
     _LIBRARY.define(schema, tags=tuple(tags))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"autodropout::{name}", fake, lib=_LIBRARY)

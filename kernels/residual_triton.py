@@ -36,7 +36,7 @@ def add_scaled_samples_kernel(
     GRAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    elements = sample_units.to(tl.int64) * GRAIN
+    elements = tl.cast(sample_units, tl.int64) * GRAIN
     sample = tl.program_id(0) // blocks
     within = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offset = sample.to(tl.int64) * elements + within

@@ -148,7 +148,7 @@ def softmax_forward_kernel(
         y = (tl.where(_dropped(decisions, part), 0.0, weights[part]) * factor).to(y_ptr.dtype.element_ty)
         tl.store((y_ptr + first) + (offset + part * KEYS), y, mask=inside)
     tl.store((rows_ptr + first_row) + row, largest, mask=inside_rows)
-    tl.store((rows_ptr + (all_rows.to(tl.int64) + first_row)) + row, inverse, mask=inside_rows)
+    tl.store((rows_ptr + (tl.cast(all_rows, tl.int64) + first_row)) + row, inverse, mask=inside_rows)
 
 
 @triton.jit(do_not_specialize=["seed_ptr", "spans", "last", "rank"])

@@ -116,6 +116,9 @@ def test_how_work_is_cut_does_not_show(share_c: bool, layout: str, monkeypatch: 
     monkeypatch.setattr(block_triton, "CALLS", 3)
     monkeypatch.setattr(block_triton, "TILE", 128)
     assert torch.equal(run(x, fields, SEED, share_c, "mask", 7), whole)
+    monkeypatch.setattr(block_triton, "CALLS", 1)
+    monkeypatch.setattr(block_triton, "GRID", 3)  # which takes longer programs
+    assert torch.equal(run(x, fields, SEED, share_c, "mask", 7), whole)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
