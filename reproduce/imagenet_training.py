@@ -67,7 +67,8 @@ class ImageNetRecipe:
             and a step accumulates the gradients of `batch_size / (micro_batch * ranks)` of them on each rank.
         ranks: processes.
         learning_rate, warmup, weight_decay: see above.
-        average: decay per step of the exponential moving average of the weights that is evaluated; None: none.
+        average: decay per step of the exponential moving average of the weights that is evaluated, less in the first
+            steps (`_average`); None: none.
         augment: one of `imagenet_augment.AUGMENTS`.
         compile: whether `torch.compile` is used.
 
