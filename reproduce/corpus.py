@@ -95,7 +95,8 @@ def pydoc_corpus() -> Corpus:
     """The Python language reference of the running Python, as `pydoc_data.topics` has it, a paragraph a line.
 
     Of each topic, in alphabetical order, the first 15% of the paragraphs are for training, so little that there is
-    something to regularise, and the last tenths are validation and test. The text differs between versions of Python,
+    something to regularise, and the last tenths are validation and test, without paragraphs that an earlier part has,
+    as topics share some. The text differs between versions of Python,
     and so does the fingerprint.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
@@ -107,6 +108,11 @@ def pydoc_corpus() -> Corpus:
         train, valid, test = -(-count * 15 // 100), count * 8 // 10, count * 9 // 10
         for part, chosen in zip(parts, (slice(train), slice(valid, test), slice(test, None)), strict=True):
             part += paragraphs[chosen]
+    known: set[tuple[str, ...]] = set()
+    for number, part in enumerate(parts):
+        if number > 0:
+            parts[number] = [words for words in part if tuple(words) not in known]
+        known |= set(map(tuple, part))
     texts = ["\n".join(" ".join(words) for words in part) for part in parts]
     return _corpus("Python language reference", parts, texts, PYDOC_COUNT)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
 from autodropout.reproduce.corpus import open_corpus
 
@@ -57,6 +58,25 @@ def test_the_language_reference_of_python() -> None:
     for part in (corpus.train, corpus.valid, corpus.test):
         assert 0 <= int(part.min()) <= int(part.max()) < len(corpus.words)
         assert int(part[-1]) == corpus.start
+
+
+def test_what_topics_share_is_measured_on_by_no_later_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pydoc_data.topics
+
+    # Of ten paragraphs the first two are training text, the ninth is validation, the tenth test.
+    first = ["shared one", "shared two", *"cdefgh", "one two", "two one"]
+    second = ["one two", "two shared", *"cdefgh", "shared one", "one one"]
+    third = ["one one", "two two", *"cdefgh", "two two two", "two two two"]
+    topics = {str(i): "\n\n".join(paragraphs) for i, paragraphs in enumerate((first, second, third))}
+    monkeypatch.setattr(pydoc_data.topics, "topics", topics)
+    corpus = open_corpus("pydoc")
+
+    def text(tokens: torch.Tensor) -> str:
+        return " ".join(corpus.words[token] for token in tokens.tolist())
+
+    assert text(corpus.train) == " <eos> ".join([*first[:2], *second[:2], *third[:2], ""]).rstrip()
+    assert text(corpus.valid) == "two two two <eos>"
+    assert text(corpus.test) == "two one <eos>"
 
 
 @pytest.mark.parametrize(
