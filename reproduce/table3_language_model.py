@@ -86,7 +86,7 @@ PRESETS = {
         seeds=2,
         tuning_seeds=1,
         threads=1,
-        cost="17 models, 6 minutes on two CPU cores, offline (measured: 5 min 55 s)",
+        cost="17 models, 4 to 6 minutes on two CPU cores, offline (measured: 4 min 11 s, 5 min 55 s)",
     ),
     # One thread: where other programs run, two wait for each other, and a step was seen to take ten times as long.
     "small": Preset(
