@@ -18,6 +18,7 @@ from .imagenet_training import LABEL_SMOOTHING
 from .imagenet_training import ImageNetRecipe
 from .imagenet_uda import ImageNetUdaRecipe
 from .imagenet_uda_task import labels_and_steps
+from .learning_rates import only_rises
 from .methods import STRENGTHS
 from .models.imagenet import NETWORKS
 from .models.imagenet import build_network
@@ -77,7 +78,8 @@ def described(args: argparse.Namespace, preset: Preset, recipe: ImageNetRecipe) 
             f"Methods: {', '.join(methods)}",
             *costs,
             f"SGD with Nesterov momentum, batch {batch}, learning rate to {recipe.learning_rate:g} in {recipe.warmup} "
-            f"epochs, then to 0 along a cosine; weight decay {recipe.weight_decay:g}{smoothing}"
+            f"epochs{only_rises(recipe.warmup, recipe.epochs, 'epochs')}, then to 0 along a cosine; weight decay "
+            f"{recipe.weight_decay:g}{smoothing}"
             + ("" if recipe.average is None else f"; moving average {recipe.average:g}"),
             *models,
         ]

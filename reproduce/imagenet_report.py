@@ -9,8 +9,10 @@ from .experiment import Result
 from .imagenet_presets import IMAGENET_CLASSES
 from .imagenet_presets import LABEL_RECIPE
 from .imagenet_task import ImageNetTask
+from .imagenet_training import ImageNetRecipe
 from .imagenet_uda_task import ImageNetUdaTask
 from .imagenet_uda_task import label_count
+from .learning_rates import only_rises
 from .methods import method_label
 from .methods import policy_origin
 from .models.imagenet import NETWORKS
@@ -41,7 +43,7 @@ def report(task: ImageNetTask, results: Sequence[Result]) -> Report:
         counts += f"; final models: all {len(data.pool):,} training images"
     together = "" if recipe.ranks == 1 else f", {recipe.ranks} processes"
     title = [
-        f"Table 1 (the numbering is ours): test accuracy in %, {network.title}, {recipe.epochs} epochs, augmentation: "
+        f"Table 1 (the numbering is ours): test accuracy in %, {network.title}, {_epochs(recipe)}, augmentation: "
         f"{_words(recipe.augment)}{together}",
         f"Data: {data.title}, fingerprint {data.fingerprint[:12]}; {counts}",
     ]
@@ -81,14 +83,17 @@ def uda_report(task: ImageNetUdaTask, results: Sequence[Result]) -> Report:
     together = "" if recipe.ranks == 1 else f", {recipe.ranks} processes"
     title = [
         f"Table 1 (the numbering is ours): test accuracy in %, {labels:,} labels, {NETWORKS[recipe.model].title}, "
-        f"{recipe.epochs} epochs, augmentation: {_words(recipe.augment)}; strong: {_words(recipe.strong_augment)}"
-        f"{together}",
+        f"{_epochs(recipe)}, augmentation: {_words(recipe.augment)}; strong: {_words(recipe.strong_augment)}{together}",
         f"Data: {data.title}, fingerprint {data.fingerprint[:12]}; {labels:,} labelled, {len(pool) - labels:,} "
         f"unlabelled training images{tuned}, {len(data.valid):,} validation, {len(data.test):,} test images",
     ]
     known = _is_imagenet(task) and recipe.model == LABEL_RECIPE.model and task.labels == UDA_PAPER_LABELS
     notes = uda_notes(settings, results, "ImageNet with a tenth of the labels, ResNet-50, beside that experiment only.")
     return title, uda_rows(settings, results, UDA_PAPER if known else None), notes
+
+
+def _epochs(recipe: ImageNetRecipe) -> str:
+    return f"{recipe.epochs} epochs{only_rises(recipe.warmup, recipe.epochs, 'epochs')}"
 
 
 def _words(augment: str) -> str:

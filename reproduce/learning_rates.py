@@ -1,4 +1,4 @@
-"""The learning rate of the Transformers, step by step."""
+"""The learning rate of the Transformers, step by step, and what tables say of a warm-up."""
 
 from __future__ import annotations
 
@@ -14,3 +14,10 @@ def warmup_cosine(peak: float, warmup: int, step: int, steps: int) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def only_rises(warmup: int, training: int, unit: str) -> str:
+    """What a table adds to the length of a training that ends before its warm-up, as with a small `--epochs`."""
+    if warmup < training:
+        return ""
+    return f" (the learning rate only rises: warm-up over {warmup:,} {unit}, training over {training:,})"

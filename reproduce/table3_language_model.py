@@ -44,6 +44,7 @@ from autodropout.reproduce.language_task import LanguageTask
 from autodropout.reproduce.language_training import LanguageRecipe
 from autodropout.reproduce.language_training import segments
 from autodropout.reproduce.language_training import streams
+from autodropout.reproduce.learning_rates import only_rises
 from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.methods import open_policy
 from autodropout.reproduce.methods import policy_origin
@@ -204,11 +205,13 @@ def _reports(task: LanguageTask, results: Sequence[Result]) -> list[Report]:
 
 
 def _title(task: LanguageTask, split: str) -> list[str]:
-    size, corpus = task.settings.recipe.size, task.corpus
+    recipe, corpus = task.settings.recipe, task.corpus
+    size = recipe.size
     tokens = f"{len(corpus.train):,} training, {len(corpus.valid):,} validation, {len(corpus.test):,} test words"
     return [
         f"Table 3 (the numbering is ours): {split} perplexity, Transformer-XL of {size.layers} layers of width "
-        f"{size.width}, {_parameters(task):,} parameters, {task.settings.recipe.epochs} epochs",
+        f"{size.width}, {_parameters(task):,} parameters, {recipe.epochs} epochs"
+        f"{only_rises(recipe.warmup, _training_steps(task), 'steps')}",
         f"Data: {_name(task)}, fingerprint {corpus.fingerprint[:12]}; {tokens}, {len(corpus.words):,} different ones",
     ]
 
@@ -240,7 +243,7 @@ def _notes(task: LanguageTask) -> list[str]:
 
 def _described(task: LanguageTask, device: torch.device) -> str:
     recipe, settings = task.settings.recipe, task.settings
-    steps = recipe.epochs * -(-(len(task.corpus.train) // recipe.batch_size) // recipe.segment)
+    steps = _training_steps(task)
     trials = settings.tuning_seeds * sum(len(task.strengths[m]) for m in settings.methods)
     cost = _cost(task)
     batch = f"{recipe.batch_size} segments of {recipe.segment} words with a memory of {recipe.memory}"
@@ -256,6 +259,11 @@ def _described(task: LanguageTask, device: torch.device) -> str:
             models_line("final", settings.seeds * len(settings.methods), data, recipe.epochs, steps, cost.flops),
         ]
     )
+
+
+def _training_steps(task: LanguageTask) -> int:
+    recipe = task.settings.recipe
+    return recipe.epochs * -(-(len(task.corpus.train) // recipe.batch_size) // recipe.segment)
 
 
 def _cost(task: LanguageTask) -> Cost:

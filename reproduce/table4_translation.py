@@ -38,6 +38,7 @@ from autodropout.reproduce.dry_run import models_line
 from autodropout.reproduce.experiment import Experiment
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
+from autodropout.reproduce.learning_rates import only_rises
 from autodropout.reproduce.methods import method_label
 from autodropout.reproduce.methods import open_policy
 from autodropout.reproduce.methods import policy_origin
@@ -215,11 +216,13 @@ def _reports(task: TranslationTask, results: Sequence[Result]) -> list[Report]:
 
 
 def _title(task: TranslationTask, split: str) -> list[str]:
-    size, corpus, prepared = task.settings.recipe.size, task.corpus, task.prepared
+    recipe, corpus, prepared = task.settings.recipe, task.corpus, task.prepared
+    size = recipe.size
     left_out = f" ({prepared.left_out:,} longer ones left out)" if prepared.left_out else ""
     return [
         f"Table 4 (the numbering is ours): {split} BLEU, Transformer of {size.layers} + {size.layers} layers of width "
-        f"{size.width}, {_parameters(task):,} parameters, {task.settings.recipe.epochs} epochs",
+        f"{size.width}, {_parameters(task):,} parameters, {recipe.epochs} epochs"
+        f"{only_rises(recipe.warmup, _training_steps(task), 'steps')}",
         f"Data: {corpus.title}, fingerprint {corpus.fingerprint[:12]}; {len(prepared.train):,} training{left_out}, "
         f"{len(corpus.valid):,} validation, {len(corpus.test):,} test pairs, {len(prepared.subwords):,} subwords",
     ]
@@ -255,7 +258,7 @@ def _notes(task: TranslationTask) -> list[str]:
 
 def _described(task: TranslationTask, device: torch.device) -> str:
     recipe, settings = task.settings.recipe, task.settings
-    steps = recipe.epochs * task.prepared.steps(recipe)
+    steps = _training_steps(task)
     trials = settings.tuning_seeds * sum(len(task.strengths[m]) for m in settings.methods)
     number, length = _batch(task)
     cost = cost_of(lambda: _step(task))
@@ -273,6 +276,11 @@ def _described(task: TranslationTask, device: torch.device) -> str:
             models_line("final", settings.seeds * len(settings.methods), data, recipe.epochs, steps, cost.flops),
         ]
     )
+
+
+def _training_steps(task: TranslationTask) -> int:
+    recipe = task.settings.recipe
+    return recipe.epochs * task.prepared.steps(recipe)
 
 
 def _batch(task: TranslationTask) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from autodropout.reproduce.language_training import put_policy
 from autodropout.reproduce.language_training import segments
 from autodropout.reproduce.language_training import streams
 from autodropout.reproduce.language_training import train_language_model
+from autodropout.reproduce.learning_rates import only_rises
 from autodropout.reproduce.learning_rates import warmup_cosine
 from autodropout.reproduce.models.transformer_xl import Size
 from autodropout.reproduce.models.transformer_xl import TransformerXL
@@ -45,6 +46,11 @@ def test_learning_rate_by_hand() -> None:
     assert [warmup_cosine(0.01, 4, step, 16) for step in (0, 3)] == [0.0025, 0.01]
     assert warmup_cosine(0.01, 4, 8, 16) == pytest.approx(0.005)
     assert 0 < warmup_cosine(0.01, 4, 15, 16) < 1e-4
+
+
+def test_a_table_says_if_its_learning_rate_only_rose() -> None:
+    assert only_rises(1999, 2000, "steps") == ""
+    assert only_rises(2000, 2000, "steps").endswith("only rises: warm-up over 2,000 steps, training over 2,000)")
 
 
 class Unigram(nn.Module):

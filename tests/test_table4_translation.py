@@ -81,6 +81,17 @@ def test_a_dry_run_trains_nothing(preset: str, folder: Path, capsys: pytest.Capt
     assert not (folder / "runs").exists()
 
 
+def test_a_warm_up_longer_than_the_training_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = script.PRESETS["demo"]
+    longer = dataclasses.replace(demo, recipe=dataclasses.replace(demo.recipe, warmup=1000))
+    monkeypatch.setitem(script.PRESETS, "demo", longer)
+    assert script.main(["--data", ".", "--epochs", "1", "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 epochs (the learning rate only rises: warm-up over 1,000 steps, training over " in said
+
+
 def test_a_dry_run_counts_the_operations_of_a_full_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--data", ".", "--dry-run"]) == 0
     text = capsys.readouterr().out
