@@ -76,6 +76,7 @@ def _compile(function: Callable[..., Any], **options: bool) -> Callable[..., Any
         # and not looked at again when only the file of that changes: then delete __pycache__.
         compiler = numba.njit(function, cache=True, error_model="numpy", **options)
         _keep_one_at_a_time(compiler)
+        _load_under_any_name(compiler)
     except RuntimeError:  # neither place can be written to
         compiler = numba.njit(function, error_model="numpy", **options)
     return compiler
@@ -100,6 +101,24 @@ def _keep_one_at_a_time(compiler: Any) -> None:
             save(*arguments)
 
     cache.save_overload = save_alone
+
+
+def _load_under_any_name(compiler: Any) -> None:
+    """Compiles anew what a process has kept that knew this folder by a name that leads nowhere here.
+
+    In a checkout it is `kernels` as well as `autodropout.kernels`. Numba keeps the modules of loops by name, and finds
+    what it kept by file.
+    """
+    if not hasattr(compiler, "_cache"):
+        return
+    load = compiler._cache.load_overload
+
+    def load_or_not(*arguments: Any) -> Any:
+        with suppress(ImportError):
+            return load(*arguments)
+        return None
+
+    compiler._cache.load_overload = load_or_not
 
 
 def run(one: Callable[..., Any], several: Callable[..., Any], parts: int, size: int, *arguments: Any) -> None:

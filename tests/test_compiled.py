@@ -123,6 +123,29 @@ def test_two_processes_that_keep_a_loop_at_the_same_time(tmp_path: Path) -> None
             assert (process.returncode, out) == (0, "[2.0, 2.0, 2.0]\n"), err
 
 
+def test_what_a_process_in_the_checkout_kept_is_no_use_outside(tmp_path: Path) -> None:
+    """There the folder is `kernels` too, a name under which other processes find nothing."""
+    code = """
+import sys, torch
+{path}
+from {name} import Atlas, tiled_dropout
+print(tiled_dropout(torch.ones(2, 3, 4, 4), Atlas.of(0.5, 0.5, 1, 0.0, 0.0, 0.0, 4, 4), seed=1).sum().item())
+"""
+    shown = []
+    for name, path in (("kernels", f"sys.path.insert(0, {str(ROOT)!r})"), ("autodropout.kernels", "")):
+        result = subprocess.run(
+            [sys.executable, "-c", code.format(name=name, path=path)],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        shown.append(result.stdout)
+    assert shown[0] == shown[1]
+
+
 def test_nowhere_to_keep_what_was_compiled(tmp_path: Path) -> None:
     """Neither beside the source nor in the user's cache: it is compiled for the process."""
     package = tmp_path / "site" / "autodropout"
