@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -123,7 +124,7 @@ class LinearSchedule:
                     _changed(pattern, field, value)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{argument} must be allowed by the pattern of {site}: {error}") from error
-        self.start, self.end = real("start", start), real("end", end)
+        self.start, self.end = _number("start", start), _number("end", end)
         self.steps, self.field, self.last_step, self._own = steps, field, last_step, own
         self._apply()
 
@@ -136,6 +137,12 @@ class LinearSchedule:
             if isinstance(getattr(own, self.field), int):
                 value = math.floor(value + 0.5)
             module.pattern = _changed(module.pattern, self.field, value)
+
+
+def _number(name: str, value: float) -> float:
+    """Integers stay integers: a field that is one would refuse 1.0 when a state is loaded."""
+    number = real(name, value)
+    return int(value) if isinstance(value, Integral) else number
 
 
 def _changed(pattern: Pattern, field: str, value: float) -> Pattern:

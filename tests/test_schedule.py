@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from applied import MIXED
@@ -274,6 +275,18 @@ def test_resumes_a_field() -> None:
         assert other.pattern.block_size == 5
         schedule.step()
         resumed.step()
+
+
+def test_resumes_an_integer_field() -> None:
+    layer, other = DropBlock2d(0.5, 1), DropBlock2d(0.5, 3)
+    schedule = LinearSchedule(layer, 1, np.int64(7), 3, "block_size")
+    schedule.step()
+    resumed = LinearSchedule(other, 3, 3, 1, "block_size")
+    resumed.load_state_dict(by_torch_save(schedule.state_dict()))
+    assert resumed.state_dict() == schedule.state_dict()
+    assert other.pattern == layer.pattern == BlockPattern(0.5, 3)
+    resumed.step()
+    assert other.pattern == BlockPattern(0.5, 5)
 
 
 def test_copies_of_model_and_schedule_stay_together() -> None:
