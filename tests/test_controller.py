@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -237,7 +239,7 @@ def test_isolated_gives_back_what_it_found() -> None:
         with threads(2), torch.autocast("cpu"):
             with isolated():
                 assert torch.get_num_threads() == 1
-                assert torch.get_float32_matmul_precision() == "highest"
+                assert _products() in ("ieee", "highest")
                 assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
             with pytest.raises(RuntimeError, match="inside"), isolated():
                 raise RuntimeError("inside")
@@ -246,6 +248,39 @@ def test_isolated_gives_back_what_it_found() -> None:
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def _products() -> str:
+    """How float32 is multiplied on the CPU, by the newer of the two settings that there is."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    return torch.get_float32_matmul_precision() if matmul is None else matmul.fp32_precision
+
+
+# Once set, the newer settings cannot be taken back in a process.
+NEWER = """
+import torch
+from autodropout.search.controller import isolated
+{setting}
+matmul = torch.backends.mkldnn.matmul
+before = matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+with isolated():
+    assert matmul.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == before[1]
+assert (matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="older than these settings")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        'torch.backends.cuda.matmul.fp32_precision = "tf32"',
+        'torch.backends.fp32_precision = "tf32"',
+        'torch.backends.mkldnn.matmul.fp32_precision = "bf16"',
+    ],
+)
+def test_isolated_under_the_newer_settings_of_precision(setting: str) -> None:
+    subprocess.run([sys.executable, "-c", NEWER.format(setting=setting)], check=True)
 
 
 def test_refusals() -> None:

@@ -43,15 +43,35 @@ def isolated() -> Iterator[None]:
     resume. The settings found are restored.
     """
     threads = torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast("cpu", enabled=False), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with _full_products(), torch.autocast("cpu", enabled=False), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _full_products() -> Iterator[None]:
+    """Products of float32 in float32 on the CPU.
+
+    Where PyTorch has its newer settings, by those: the older function raises as soon as anyone has used them.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+    else:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 def uniforms(seed: int, numbers: Sequence[int], length: int) -> Tensor:
