@@ -234,7 +234,8 @@ def _residual(pattern: Pattern | None) -> bool:
 
 def _check_residual(sources: tuple[Site, ...], targets: tuple[ModelSite, ...], exact: bool, place: str) -> None:
     if place != "batch_norm":
-        raise ValueError(f"residual must be False at sites of place {place!r}, got True at {sources[0].name!r}")
+        name = next(site.name for site in sources if _residual(site.pattern))
+        raise ValueError(f"residual must be False at sites of place {place!r}, got True at {name!r}")
     ends = {target.name for target in targets if target.block is not None}
     if not ends:
         raise ValueError(

@@ -133,25 +133,35 @@ class Dropped(AttentionWeights):
         super().__init__()
         self.on_scores, self.fused, self.projections, self.applied = weights, fused, projections, applied
         self.missing = {*projections, *(name for name, _, _ in applied), *(() if weights is None else ("softmax",))}
+        self.differentiated = torch.is_grad_enabled()
+
+    def _found(self, name: str) -> None:
+        """A checkpoint inside the attention computes it again in backward, when this mode is left: without patterns."""
+        if self.differentiated and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"an attention with a pattern on {name!r} must not checkpoint a part of itself, or leave out its "
+                "gradients: checkpoint the whole layer"
+            )
+        self.missing.discard(name)
 
     def projected(self, place: str, x: Tensor) -> Tensor:
         if place not in self.projections:
             return x
-        self.missing.discard(place)
+        self._found(place)
         return self.projections[place](x.transpose(0, 1)).transpose(0, 1)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = super().linear(input, weight, bias)
         for name, other, drop in self.applied:
             if other is weight:
-                self.missing.discard(name)
+                self._found(name)
                 return drop(y)
         return y
 
     def softmax(self, scores: Tensor) -> Tensor:
         if self.on_scores is None:
             return super().softmax(scores)
-        self.missing.discard("softmax")
+        self._found("softmax")
         # More dimensions in front (windows of an image, for example) are all samples; without heads there is one.
         return self.on_scores(scores.reshape(-1, *scores.shape[-3:]) if scores.dim() > 3 else scores[:, None]).view_as(
             scores
@@ -172,7 +182,7 @@ class Dropped(AttentionWeights):
             return super().attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        self.missing.discard("softmax")
+        self._found("softmax")
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)

@@ -170,7 +170,7 @@ def test_stochastic_depth_at_the_ends_of_branches() -> None:
     remove_policy(model)
     assert_same_attributes(model, attributes)
     assert "no sites of place 'branch'" in refused(torchvision.models.resnet18(), policy)
-    bad = Policy((Site("end", 1.0, place="branch", pattern=RESIDUAL),))
+    bad = Policy((Site("start", 0.0, place="branch", pattern=drop), Site("end", 1.0, place="branch", pattern=RESIDUAL)))
     assert refused(small(), bad) == "residual must be False at sites of place 'branch', got True at 'end'"
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from unmarked import IDS
 from unmarked import MODELS
 from unmarked import PATTERN
@@ -22,6 +23,8 @@ from unmarked import output
 
 from autodropout import BernoulliPattern
 from autodropout import Pattern
+from autodropout import Policy
+from autodropout import Site
 from autodropout import TokenPattern
 from autodropout import apply_policy
 from autodropout import load_policy
@@ -282,3 +285,29 @@ def test_averaged_and_wrapped_models_are_left_in_peace() -> None:
     assert len(apply_policy(model.train(), everywhere(PATTERN, TOKEN_PLACES), WORDS)) == 12
     assert not torch.equal(output(model, WORDS), output(model, WORDS))
     assert torch.equal(output(model.eval(), WORDS), before)
+
+
+class CheckpointsItself(nn.Module):
+    """An attention by four projections, of which a checkpoint computes the inner part."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        inner = F.scaled_dot_product_attention
+        y = checkpoint(inner, q, k, v, use_reentrant=self.reentrant) if self.training else inner(q, k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def test_an_attention_that_checkpoints_a_part_of_itself_is_refused() -> None:
+    """Its recomputation would not find the pattern, and its gradients would be others."""
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(CheckpointsItself(reentrant=True))
+    apply_policy(model, Policy((Site("weights", 0.0, "softmax", TokenPattern(2, 2, rate=0.5)),)), x)
+    with pytest.raises(RuntimeError, match="must not checkpoint a part of itself"):
+        model(x)
+    with torch.no_grad():  # nothing to compute again
+        model(x)
