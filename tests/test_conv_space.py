@@ -131,6 +131,8 @@ def test_a_site_of_one_cell_is_not_tiled() -> None:
     assert kinds_of(space, 0) == ["size"]
     assert kinds_of(space, 1) == list(TILED)
     assert space.decode((0,) * 9).sites[0].pattern is None
+    with_values = ConvSpace([site(1), site(4, name="b", depth=1.0)], values={"rotate": (0.0, 15.0)})
+    assert kinds_of(with_values, 0) == ["size"]
     with_kinds = ConvSpace([site(1)], kinds=KINDS)
     assert with_kinds.tokens[0].values == ("off", "dropout", "spatialdropout", "dropblock")
     with pytest.raises(ValueError, match=r"^kinds must hold another than 'tiled' for site 'a', whose map is a single"):

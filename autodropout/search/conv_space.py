@@ -172,7 +172,8 @@ class ConvSpace(SiteSpace):
         if not site.ends_block:
             values["residual"] = (False,)
         tiles = tuple(size for size in values["size"] if size)
-        _check_tiles(site, {**values, "size": tiles})
+        if tiles:  # a single cell has none
+            _check_tiles(site, {**values, "size": tiles})
         if self.kinds is None:
             size = Question("size", values["size"])
             return [size, *(Question(kind, values[kind], "size", tiles) for kind in TILED[1:])]

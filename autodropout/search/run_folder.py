@@ -77,7 +77,7 @@ def make_runner(settings: Mapping[str, Any], folder: Path) -> Runner:
         folder: of the run, for the logs of worker processes.
 
     Raises:
-        ValueError: a value is refused.
+        ValueError: a value is refused, or the kind is another.
         ImportError: Ray is needed and not installed.
     """
     arguments = dict(settings)
@@ -90,6 +90,11 @@ def make_runner(settings: Mapping[str, Any], folder: Path) -> Runner:
         from .runners.ray_cluster import RayRunner
 
         return RayRunner(workers, **arguments)
-    from .runners.processes import ProcessRunner
+    if kind == "processes":
+        from .runners.processes import ProcessRunner
 
-    return ProcessRunner(workers, **arguments, logs=folder / LOGS)
+        return ProcessRunner(workers, **arguments, logs=folder / LOGS)
+    raise ValueError(
+        f"runner.kind must be in-process, processes or ray, got {kind!r}: a search that was begun in Python without "
+        "`runner_settings` goes on there, by `resume_search`"
+    )
