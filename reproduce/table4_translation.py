@@ -88,7 +88,7 @@ PRESETS = {
         seeds=2,
         tuning_seeds=1,
         threads=1,
-        cost="17 models, offline (measured: 7 min 28 s on two CPU cores)",
+        cost="17 models, offline (measured: 7 min 28 s on one of two CPU cores)",
     ),
     # One thread, as in table 3.
     "small": Preset(
@@ -106,7 +106,7 @@ PRESETS = {
         seeds=2,
         tuning_seeds=1,
         threads=1,
-        cost="17 models of 6 million parameters on Multi30k, 45 to 65 min each on one CPU core (from 7 steps of each "
+        cost="17 models of 6 million parameters on Multi30k, 45 to 65 min each on one CPU core (from 8 steps of each "
         "method)",
     ),
     # The network, the words of a batch, the largest learning rate and when, and the number of steps, which are two

@@ -50,6 +50,14 @@ def test_section_pairs_by_seed(tmp_path: Path) -> None:
     assert "5 models in 8 s on cpu, 1 thread(s); commit unknown; data fingerprint 0123456789ab" in text
 
 
+@pytest.mark.parametrize(("changed", "shown"), [("", "0123456789ab;"), ("+dirty", "0123456789ab+dirty;")])
+def test_section_says_if_the_tree_had_changes(tmp_path: Path, changed: str, shown: str) -> None:
+    path = tmp_path / "run.jsonl"
+    record = json.loads(line("none", 0, 0.5)) | {"commit": "0123456789abcdef0123456789abcdef01234567" + changed}
+    path.write_text(json.dumps(record) + "\n")
+    assert f"; commit {shown} data fingerprint" in section(path)
+
+
 def test_section_of_a_network_for_imagenet(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     record = json.loads(line("none", 0, 0.75)) | {"experiment": "table1_imagenet", "preset": "paper"}
