@@ -27,6 +27,7 @@ from autodropout.kernels import token_triton
 from autodropout.kernels.atlas import Atlas
 from autodropout.kernels.block import geometry
 from autodropout.kernels.token import by_token
+from autodropout.kernels.warps import warp_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -120,7 +121,7 @@ def tiled() -> Iterator[Case]:
 def block() -> Iterator[Case]:
     """DropBlock with rate 0.1 and block 7, a mask per channel, scale by the expected mask.
 
-    Programs draw the blocks of 32 planes together, so many times as the fullest needs, and every block in full.
+    Programs draw the blocks of a warp of planes together, so many times as the fullest needs, and every block in full.
     """
     for shape, layout, dtype, x in maps(SOME_MAPS):
         height, width = shape[2:]
@@ -143,7 +144,7 @@ def _expected_calls(thresholds: torch.Tensor) -> float:
     Plane counts are independent, P(count <= k) = thresholds[k] / 2^32; the mean of ceil(most / 2) is the sum of
     P(most > 2j) over j >= 0.
     """
-    below = (thresholds.double() / 2**32).pow(block_triton.DRAW_BLOCK)
+    below = (thresholds.double() / 2**32).pow(warp_size())
     return float((1 - below[::2]).sum())
 
 

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from machine.devices import DEVICES
 from machine.devices import predict
 from machine.devices import resident_warps
 from machine.recording import OtherPasses
+from machine.recording import launching_for
 from machine.recording import meta
 from machine.recording import missing_internals
 from machine.recording import recorded
@@ -39,9 +40,10 @@ from page import write_page
 Row = dict[str, Any]
 
 
-@lru_cache(maxsize=1)
-def _cases() -> list[launches.Case]:
-    return launches.cases()
+@cache
+def _cases(target: str) -> list[launches.Case]:
+    with launching_for(target):
+        return launches.cases()
 
 
 def why_skipped(target: str) -> str | None:
@@ -57,9 +59,10 @@ def why_skipped(target: str) -> str | None:
 
 def row(place: int, target: str) -> Row | str:
     """One row of the table: a case, by its place in `launches.cases()`, on a target; or why there is none."""
-    case = _cases()[place]
+    case = _cases(target)[place]
     try:
-        return _row(case, target)
+        with launching_for(target):
+            return _row(case, target)
     except Exception as error:  # of compilers, and code that cannot be counted
         return f"{case.name} on {target}: " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
@@ -193,7 +196,7 @@ def main() -> int:
 
     targets = arguments.target or list(TARGETS)
     skipped = {target: reason for target in targets if (reason := why_skipped(target)) is not None}
-    places = [place for place, case in enumerate(_cases()) if arguments.only in case.name]
+    places = [place for place, case in enumerate(launches.cases()) if arguments.only in case.name]
     jobs = [(place, target) for place in places for target in targets if target not in skipped]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         done = list(pool.map(row, *zip(*jobs, strict=True), chunksize=1)) if jobs else []

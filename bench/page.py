@@ -77,7 +77,8 @@ def page(rows: list[Row], skipped: dict[str, str], failed: list[str], of: dict[s
 
 def sources(root: Path) -> dict[str, str]:
     """What the figures depend on, with a fingerprint each that comments do not change."""
-    files = sorted([*root.glob("kernels/*_triton.py"), root / "kernels/atlas.py", root / "bench/launches.py"])
+    files = sorted([*root.glob("kernels/*_triton.py"), root / "kernels/atlas.py", root / "kernels/warps.py"])
+    files.append(root / "bench/launches.py")
     files += sorted(root.glob("bench/machine/*.py"))
     return {str(file.relative_to(root)): _fingerprint(file) for file in files}
 

@@ -30,6 +30,7 @@ import triton.language as tl
 from .bernoulli_form import Form
 from .bernoulli_form import form_of
 from .bernoulli_form import is_laid_out_as
+from .warps import warp_size
 from .words_triton import divisor
 from .words_triton import product
 from .words_triton import quotient
@@ -38,9 +39,6 @@ from .words_triton import wide_quotient
 # Elements of a tile and warps that share it: 32 elements a thread. By compiled code only; no GPU has timed them yet.
 TILE = 4096
 WARPS = 4
-
-# Threads of these warps, which are of 64 on AMD's: a tile of strided_kernel gives each 16 bytes, place by place.
-THREADS = WARPS * (64 if torch.version.hip else 32)
 
 # Calls whose places are a run of strided_kernel where a channel begins amid a call: it draws one more.
 LONG_RUN = 2
@@ -444,17 +442,15 @@ def _launch_odd_rows(common: tuple[torch.Tensor | int, ...], form: Form) -> None
 
 def _launch_strided(common: tuple[torch.Tensor | int, ...], form: Form, lanes: int) -> None:
     channels = form.decisions // form.places
+    vectors = WARPS * warp_size() * lanes  # elements of 16 bytes for each thread, place by place
     aligned = form.places % 4 == 0
     length = 1 if aligned else LONG_RUN
     runs, longest = triton.cdiv(form.places, 4 * length), triton.next_power_of_2(channels)
     # Of all tiles that give each thread 16 bytes, and a run of channels at least 8 times that: the least padded.
-    heights = [1 << k for k in range(13) if THREADS * lanes >> k >= min(8 * lanes, longest)]
-    padded = {
-        k: triton.cdiv(runs, k) * k * triton.cdiv(channels, THREADS * lanes // k) * (THREADS * lanes // k)
-        for k in heights
-    }
+    heights = [1 << k for k in range(13) if vectors >> k >= min(8 * lanes, longest)]
+    padded = {k: triton.cdiv(runs, k) * k * triton.cdiv(channels, vectors // k) * (vectors // k) for k in heights}
     height = min(heights, key=lambda k: (padded[k], k))
-    width = THREADS * lanes // height
+    width = vectors // height
     run_blocks, channel_blocks = triton.cdiv(runs, height), triton.cdiv(channels, width)
     grain = _grain(channels)
     strided_kernel[(form.samples * run_blocks * channel_blocks,)](

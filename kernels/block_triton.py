@@ -36,14 +36,11 @@ import triton
 import triton.language as tl
 
 from .block import Geometry
+from .warps import warp_size
 
 # Elements of a tile and warps that share it: 32 elements a thread.
 TILE = 4096
 WARPS = 4
-
-# Planes of a program of the draw, which is one warp, one plane a lane: it makes as many calls of Philox as its fullest
-# plane needs.
-DRAW_BLOCK = 64 if torch.version.hip else 32
 
 # Calls of Philox that a program makes at most, two blocks each. Where planes are large and few, more programs share
 # the blocks of a plane; all of them draw its number of blocks.
@@ -324,10 +321,12 @@ def draw(
         return
     totals = torch.zeros(2, dtype=torch.int64, device=device) if scale is not None else bits
     rank = rank - 2**32 if rank >= 2**31 else rank  # as an int64 it would compile the kernel anew
-    draw_blocks_kernel[(triton.cdiv(n * channels, DRAW_BLOCK), chunks * copies)](
+    # A program is one warp, a plane a lane, and makes as many calls of Philox as the fullest of its planes needs.
+    planes = warp_size()
+    draw_blocks_kernel[(triton.cdiv(n * channels, planes), chunks * copies)](
         seed, run.thresholds, words, bits, totals, bits if scale is None else scale, n * channels, channels,
         height * width, pitch, width, copies, rank, *blocks.positions, run.half, run.steps, len(words),
-        INTERLEAVED=interleaved, SCALE=scale is not None, BLOCK=DRAW_BLOCK, CALLS=calls, num_warps=1,
+        INTERLEAVED=interleaved, SCALE=scale is not None, BLOCK=planes, CALLS=calls, num_warps=1,
     )  # fmt: skip
 
 

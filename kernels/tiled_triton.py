@@ -30,6 +30,7 @@ import triton.language as tl
 
 from .atlas import Atlas
 from .atlas import DeviceTables
+from .warps import warp_size
 from .words_triton import byte_of_row
 from .words_triton import divisor
 from .words_triton import opaque
@@ -42,11 +43,10 @@ from .words_triton import wide_quotient
 ACCESS = 16
 
 # 32 elements a thread: as many as a word has bits, and 4 loads of 16 bytes in flight for bfloat16 (8 for float32). By
-# compiled code only; no GPU has timed them yet. A warp of AMD's has 64 threads: with 4 of them two threads would share
-# a word, and both gather it (20 instructions an element instead of 15 on gfx942).
+# compiled code only; no GPU has timed them yet. With more threads two would share a word, and both gather it (20
+# instructions an element instead of 15 on gfx942, for 4 warps of 64).
 THREADS = 128
 TILE = 32 * THREADS
-WARPS = THREADS // (64 if torch.version.hip else 32)
 
 # Shares of a thread, 16 bytes of channels in 8 cells, in a tile of the channels_last kernel.
 VECTORS = 128
@@ -386,7 +386,8 @@ def _apply_contiguous(
         *divisor(width), *divisor(2 * height - 1), width // grain,
         LOG_GRAIN=grain.bit_length() - 1, ROWS=not tables.flat, SHARED=starts.shape[1] < c, SPANS=spans, TAIL=tail,
         PAIRS=x.element_size() == 2 and tail != "elements" and _aligned(x),
-        THREADS=THREADS, TILE=TILE, LANES=lanes, num_warps=WARPS,
+        THREADS=THREADS, TILE=TILE, LANES=lanes,
+        num_warps=THREADS // warp_size(),
     )  # fmt: skip
 
 
@@ -405,7 +406,8 @@ def _apply_channels_last(
         x, y, starts, fragments, scale, n * per_sample, *divisor(per_sample), *divisor(c // lanes),
         *divisor(per_row), height, width, *divisor(2 * height - 1), width // grain,
         LOG_GRAIN=grain.bit_length() - 1, ROWS=not tables.flat, SHARED=starts.shape[1] < c, WHOLE=row_cells % 8 == 0,
-        FULL=n * per_sample % VECTORS == 0, PAIRS=pairs, VECTORS=VECTORS, LANES=lanes, num_warps=WARPS,
+        FULL=n * per_sample % VECTORS == 0, PAIRS=pairs, VECTORS=VECTORS, LANES=lanes,
+        num_warps=THREADS // warp_size(),
     )  # fmt: skip
 
 

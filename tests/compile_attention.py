@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -23,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from machine.compiling import bind
 from machine.compiling import compile_launch
 from machine.recording import Launch
+from machine.recording import launching_for
 from machine.recording import meta
 from machine.recording import missing_internals
 from machine.recording import recorded
@@ -43,12 +41,6 @@ def jobs() -> list[Job]:
     found += [(64, "bf16", True, True, "sm_90")]
     # Heads whose rows no access of 16 bytes fits: Transformer-XL's on WikiText-103.
     return [*found, *((41, "bf16", True, False, target) for target in TARGETS)]
-
-
-@contextmanager
-def launching_for(target: str) -> Iterator[None]:
-    with mock.patch.object(torch.version, "hip", "6" if target.startswith("gfx") else None):
-        yield
 
 
 def launches(head: int, dtype: str, causal: bool, share_c: bool, target: str, seed: int = 0) -> list[Launch]:

@@ -19,6 +19,7 @@ import triton
 from compile_kernels import DTYPES
 from compile_kernels import TARGETS
 from compile_kernels import Recorder
+from machine.recording import launching_for
 
 from autodropout.kernels import bernoulli_triton
 
@@ -78,8 +79,8 @@ def recorded() -> Launch:
 
 
 def compile_job(case: str, dtype: str, target: str) -> dict[str, Any]:
-    bernoulli_triton.THREADS = bernoulli_triton.WARPS * TARGETS[target].warp_size  # as on a machine with this device
-    kernel, args, kwargs = launch(case, dtype)
+    with launching_for(target):
+        kernel, args, kwargs = launch(case, dtype)
     source, options, _, bound = base.bind(kernel, args, kwargs, TARGETS[target])
     compiled = triton.compile(source, target=TARGETS[target], options=options.__dict__)
     tile = {

@@ -88,9 +88,9 @@ def first_offsets(ttir: str) -> dict[str, list[str]]:
     return types
 
 
-def expected_calls(blocks: Geometry) -> float:
+def expected_calls(blocks: Geometry, planes: int) -> float:
     """Calls of Philox that a program makes for the fullest of its planes, in expectation: sum of P(most > 2 call)."""
-    at_most = [(int(t) / 2**32) ** block_triton.DRAW_BLOCK for t in blocks.thresholds.tolist()]
+    at_most = [(int(t) / 2**32) ** planes for t in blocks.thresholds.tolist()]
     return sum(1 - at_most[k] for k in range(0, len(at_most), 2))
 
 
@@ -108,7 +108,7 @@ def executed(code: compiling.MachineCode, launch: recording.Launch, blocks: Geom
     assert len(outer) == 1, outer
     (calls,) = outer
     words = len(run.bytes if launch.kwargs["INTERLEAVED"] else run.words)
-    turns = {-1: 1.0, calls: expected_calls(blocks) / launch.grid[1]}
+    turns = {-1: 1.0, calls: expected_calls(blocks, launch.kwargs["BLOCK"]) / launch.grid[1]}
     loads = {
         segment.loop: sum(n for opcode, n in segment.opcodes.items() if (code.access(opcode) or ("",))[0] == "load")
         for segment in code.segments
@@ -128,9 +128,8 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     elements = math.prod(shape)
     blocks = geometry(RATE, block_size, *shape[2:])
     run = block_triton.run_of(blocks, shape[3], torch.device("meta"))
-    # As block_triton would find on a machine with this device.
-    block_triton.DRAW_BLOCK = compiling.TARGETS[target].warp_size
-    launches = record(shape, dtype, form, share_c, blocks)
+    with recording.launching_for(target):
+        launches = record(shape, dtype, form, share_c, blocks)
     lines = []
     for place, launch in enumerate(launches):
         code = compiling.compile_launch(launch, target)

@@ -16,6 +16,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import make_backend
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from machine.recording import launching_for
 
 from autodropout.kernels import tiled_triton
 from autodropout.kernels.atlas import Atlas
@@ -285,9 +290,8 @@ def of_activation(ttir: str) -> dict[str, dict[str, Any]]:
 
 def compile_job(job: Job) -> dict[str, Any]:
     kernel, shape, dtype, target = job
-    args, kwargs = launch(kernel, shape, dtype)
-    if target.startswith("gfx") and kernel != "draw_kernel":  # as a PyTorch for ROCm launches it
-        kwargs = {**kwargs, "num_warps": tiled_triton.THREADS // TARGETS[target].warp_size}
+    with launching_for(target):
+        args, kwargs = launch(kernel, shape, dtype)
     source, options, _, bound = bind(kernel, args, kwargs, TARGETS[target])
     compiled = triton.compile(source, target=TARGETS[target], options=options.__dict__)
     c = SHAPES[shape][1]

@@ -112,7 +112,7 @@ def test_how_work_is_cut_does_not_show(share_c: bool, layout: str, monkeypatch: 
     x = contracts.activation(layout, (3, 5, 7, 6))
     fields = (0.5, 2)
     whole = run(x, fields, SEED, share_c, "mask", 7)
-    monkeypatch.setattr(block_triton, "DRAW_BLOCK", 4)
+    monkeypatch.setattr(block_triton, "warp_size", lambda: 4)  # planes of a program of the draw
     monkeypatch.setattr(block_triton, "CALLS", 3)
     monkeypatch.setattr(block_triton, "TILE", 128)
     assert torch.equal(run(x, fields, SEED, share_c, "mask", 7), whole)

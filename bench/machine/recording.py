@@ -54,6 +54,13 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
+@contextmanager
+def launching_for(target: str) -> Iterator[None]:
+    """Launchers inside the block find themselves on a machine with this target: warps of AMD's are of 64 threads."""
+    with mock.patch.object(torch.version, "hip", "6" if target.startswith("gfx") else None):
+        yield
+
+
 class OtherPasses(TorchDispatchMode):
     """Bytes that PyTorch's own ops read and write inside the block: buffers that are zeroed, what is copied."""
 
