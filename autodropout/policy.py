@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from .files import write_atomically
 from .patterns import Pattern
 from .patterns.checks import choice
 from .patterns.checks import json_fields
@@ -192,9 +193,17 @@ class Policy:
             return cls(sites, values.get("provenance", {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON file that `load_policy` reads."""
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        """Writes the JSON file that `load_policy` reads: at any moment the file is the old one or the new one.
+
+        Raises:
+            OSError: it cannot be written; a file that was there is as before.
+        """
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        path = Path(path)
+        if path.exists() and not path.is_file():  # what /dev/stdout stands for cannot be replaced
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(path.resolve(), lambda file: file.write(text.encode()))  # resolved: a link stays a link
 
 
 def shipped_policies() -> list[str]:

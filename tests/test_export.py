@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,43 @@ def test_what_is_retrained_is_not_trained_again(tmp_path: Path) -> None:
         "finalist-1.json",
         "finalist-2.json",
     }
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = search(tmp_path)
+    export(folder, top=3, seeds=2)
+    names = {"best.json", "finalist-1.json", "finalist-2.json", "finalist-3.json"}
+    files = {path.name: path.read_bytes() for path in (folder / "policies").iterdir()}
+    assert set(files) == names
+
+    def broken(*_: object) -> None:
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autodropout.search.export.difference", broken)
+        with pytest.raises(ValueError, match="^no$"):
+            export(folder, top=2, seeds=3)
+    assert {path.name: path.read_bytes() for path in (folder / "policies").iterdir()} == files
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "save", broken)
+        with pytest.raises(ValueError, match="^no$"):
+            export(folder, top=2, seeds=3)
+    assert {path.name: path.read_bytes() for path in (folder / "policies").iterdir()} == files
+    export(folder, top=2, seeds=3)
+    assert {path.name for path in (folder / "policies").iterdir()} == names - {"finalist-3.json"}
+    assert [len(policy.provenance["retrained"]["seeds"]) for policy in exported(folder)] == [3, 3]
+
+
+def test_intervals_without_scipy_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = search(tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy", None)  # importing it raises ImportError
+    with pytest.raises(ImportError, match=r"^intervals need SciPy: pip install 'autodropout\[search\]'$") as caught:
+        export(folder, seeds=2)
+    assert caught.value.name == "scipy"
+    assert trainings(folder) == []
+    assert export(folder, seeds=1).finalists  # one value has no interval
 
 
 def test_an_interrupted_export_goes_on(tmp_path: Path) -> None:

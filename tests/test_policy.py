@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -249,6 +251,36 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert load_policy(tmp_path / "policy.json") == policy
     assert load_policy(str(tmp_path / "policy.json")) == policy
     assert (tmp_path / "policy.json").read_bytes().endswith(b"}\n")
+
+
+def test_a_file_that_cannot_be_written_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "policy.json"
+    POLICY.save(file)
+    before = file.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        Policy.uniform(None).save(file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there, and pipes have no names")
+def test_links_stay_links_and_pipes_stay_pipes(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("policy.json")
+    POLICY.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load_policy(tmp_path / "policy.json") == POLICY
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR)  # with a reader nothing waits, and a pipe has room for so little
+    POLICY.save(pipe)
+    assert os.read(end, 2**16) == (tmp_path / "policy.json").read_bytes()
+    os.close(end)
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize(

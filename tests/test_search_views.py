@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 from html.parser import HTMLParser
+from importlib.abc import MetaPathFinder
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from autodropout.search.marginals import marginals
 from autodropout.search.marginals import window_edges
 from autodropout.search.progress import Progress
 from autodropout.search.progress import clock_time
+from autodropout.search.report import _searcher_charts
 from autodropout.search.tensorboard import FOLDER
 from autodropout.search.tensorboard import TensorBoard
 
@@ -35,7 +38,8 @@ def at(second: float, record: str, **fields: Any) -> Record:
 
 def run(direction: str = "max", trials: int = 6) -> Record:
     recipe = {"name": "toy", "path": "/toy.py", "sha256": "0"}
-    return at(0, "run", recipe=recipe, direction=direction, trials=trials, command=["autodropout", "search"])
+    command, runner = ["autodropout", "search"], {"kind": "in-process", "workers": 1}
+    return at(0, "run", recipe=recipe, direction=direction, trials=trials, runner=runner, command=command)
 
 
 def ask(second: float, trial: int, choices: tuple[int, ...] = (0, 0)) -> Record:
@@ -65,7 +69,7 @@ RECORDS = [
     update(3, entropy=1.25, entropy_by_kind={"on": 0.5}, weights=[1.0, 2.0], baseline=0.6),
     fail(4, 2, final=False),
     fail(5, 2, final=True, attempt=1),
-    at(100, "resume", trials=8, command=["autodropout", "resume"]),
+    at(100, "resume", trials=8, runner={"kind": "processes", "workers": 2}, command=["autodropout", "resume"]),
     ask(100, 3, (0, 0)),
     ask(100, 4, (1, 0)),
     tell(103, 3, 0.9, stopped=5),
@@ -84,6 +88,7 @@ def test_history() -> None:
     )
     assert [trial.number for trial in history.told] == [1, 0, 3, 4]
     assert history.best is history.trials[3]
+    assert (History.of(RECORDS[:9]).runner["workers"], history.runner["workers"]) == (1, 2)
     # The 95 s between the last record of the first sitting and the second one are no time of searching.
     assert [trial.ended for trial in history.trials] == [3, 2, 5, 8, 9]
     assert history.trials[2].failed == "raised"
@@ -165,6 +170,34 @@ def test_the_live_panel_fits_80_columns() -> None:
         "left",
     ):
         assert word in words
+
+
+def test_weights_that_were_not_finite_are_left_out() -> None:
+    """They are null in the journal."""
+
+    def charts(*weights: list[float | None]) -> str:
+        updates = [{**update(3, weights=values), "update": number} for number, values in enumerate(weights)]
+        header = {**run(), "searcher": {"name": "controller"}}
+        return _searcher_charts(History.of([header, *updates]))
+
+    assert charts([1.0, None, 3.0, 4.0], [2.0]) == charts([1.0, 3.0, 4.0], [2.0])
+    assert charts([1.0], [None, None], [2.0]) == charts([1.0], [], [2.0]) != charts([1.0], [0.0], [2.0])
+    assert charts([None]) == charts([])
+
+
+def test_live_progress_without_rich_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing(MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "rich":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for module in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    with pytest.raises(ImportError, match=r"^live progress needs Rich: pip install 'autodropout\[search\]'$") as caught:
+        shown(RECORDS, live=True)
+    assert caught.value.name == "rich"
+    assert shown(RECORDS)[1]
 
 
 def test_times() -> None:

@@ -33,6 +33,7 @@ from .run_folder import open_search
 from .runners.base import Runner
 from .space import SearchSpace
 from .statistics import mean_and_half_width
+from .statistics import student_t
 
 FOLDER = "policies"
 BEST = "best.json"
@@ -81,10 +82,13 @@ def export_policies(
     Raises:
         ValueError: an argument; no trial is finished, or no retraining; the recipe has changed; as `open_search`.
         OSError: a file cannot be read or written.
+        ImportError: there are intervals to compute, and SciPy is not installed.
     """
     for name, value in (("top", top), ("seeds", seeds)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if seeds > 1:
+        student_t()  # whoever lacks it should hear of that before the trainings
     history, recipe, space = open_search(folder)
     if recipe.sha256 != history.recipe["sha256"]:
         raise ValueError(f"the recipe must be what the search was made with, but {recipe.path} has changed")
@@ -134,15 +138,17 @@ def exported(folder: Path) -> list[Policy]:
 
 
 def _write(folder: Path, history: History, space: SearchSpace, result: Export, command: Sequence[str]) -> None:
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("finalist-*.json"):
-        old.unlink()
+    """All policies are made before the first file of an earlier export is replaced."""
+    policies = {}
     for rank, finalist in enumerate(result.finalists, 1):
         provenance = _provenance(history, space, result, finalist, rank, command)
-        policy = replace(finalist.policy, provenance=provenance)
-        policy.save(folder / f"finalist-{rank}.json")
-        if rank == 1:
-            policy.save(folder / BEST)
+        policies[folder / f"finalist-{rank}.json"] = replace(finalist.policy, provenance=provenance)
+    best = next(iter(policies.values()))
+    folder.mkdir(exist_ok=True)
+    for path, policy in {folder / BEST: best, **policies}.items():
+        policy.save(path)
+    for old in set(folder.glob("finalist-*.json")) - set(policies):
+        old.unlink()
 
 
 def _provenance(

@@ -28,6 +28,9 @@ class Progress:
         workers: trials that can run at a time.
         live: None: if the stream is a terminal.
         clock: seconds.
+
+    Raises:
+        ImportError: it is to be live, and Rich is not installed.
     """
 
     def __init__(
@@ -42,9 +45,13 @@ class Progress:
         self._said = 0  # trials that were over at the last plain line about them
         self._live: Any = None
         if stream.isatty() if live is None else live:
-            from rich.console import Console
-            from rich.live import Live
-
+            try:
+                from rich.console import Console
+                from rich.live import Live
+            except ImportError as error:
+                if error.name != "rich":
+                    raise
+                raise ImportError("live progress needs Rich: pip install 'autodropout[search]'", name="rich") from error
             console = Console(file=stream, force_terminal=True)
             self._live = Live(console=console, refresh_per_second=REFRESH, get_renderable=self._panel)
 
