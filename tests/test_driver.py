@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import os
 import signal
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from search_toys import ToySpace
 from search_toys import write_recipe
 
 from autodropout.search import driver
+from autodropout.search import replay
 from autodropout.search.driver import SearchResult
 from autodropout.search.driver import resume_search
 from autodropout.search.driver import start_search
@@ -33,6 +36,7 @@ from autodropout.search.runners.base import Outcome
 from autodropout.search.runners.base import Runner
 from autodropout.search.runners.base import Task
 from autodropout.search.runners.in_process import InProcessRunner
+from autodropout.search.tpe import TPESearcher
 
 Records = list[dict[str, Any]]
 
@@ -212,13 +216,15 @@ def test_failed_attempts_are_repeated_so_often_then_the_trial_has_failed(recipe_
     assert searcher.lost == 1
 
 
-@pytest.mark.parametrize("metric", [float("nan"), float("inf")])
-def test_metrics_that_are_not_finite_are_failures(recipe_path: Path, tmp_path: Path, metric: float) -> None:
+@pytest.mark.parametrize("metric", [float("nan"), float("inf"), sys.float_info.max])
+def test_metrics_that_are_not_finite_or_too_large_are_failures(
+    recipe_path: Path, tmp_path: Path, metric: float
+) -> None:
     result = start(recipe_path, tmp_path / "run", Scripted(outcomes=[metric, 0.5]), trials=1, retries=1)
     (fail,) = of_kind(read_journal(tmp_path / "run"), "fail")
     assert (fail["kind"], fail["message"], fail["final"]) == (
         "raised",
-        f"the metric must be finite, got {metric}",
+        f"the metric must be in [-1e+100, 1e+100], got {metric}",
         False,
     )
     assert result.metrics == {0: 0.5}
@@ -403,7 +409,7 @@ def test_a_searcher_that_does_not_repeat_itself_is_an_error(
         ReplayError, match="does not repeat .* line 9 .* log_prob .* for trial 3, .* no version differs"
     ):
         resume(recipe_path, tmp_path / "run", searcher=searcher, searcher_name="ToySearcher", trials=9)
-    monkeypatch.setattr("autodropout.search.replay.versions", lambda: {"torch": "3.0"})
+    monkeypatch.setattr(replay, "versions", lambda packages: {"torch": "3.0"})
     with pytest.raises(ReplayError, match="torch was 2.*, is 3.0"):
         resume(recipe_path, tmp_path / "run", searcher=searcher, searcher_name="ToySearcher", trials=9)
 
@@ -420,14 +426,40 @@ def test_a_stopper_that_does_not_repeat_itself_is_an_error(recipe_path: Path, tm
 
 def test_another_environment_is_said(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start(recipe_path, tmp_path / "run", trials=2)
-    monkeypatch.setattr(driver, "versions", lambda: {"torch": "3.0"})
-    monkeypatch.setattr("autodropout.search.replay.versions", lambda: {"torch": "3.0"})
+    monkeypatch.setattr(driver, "versions", lambda packages: {"torch": "3.0"})
+    monkeypatch.setattr(replay, "versions", lambda packages: {"torch": "3.0"})
     resume(recipe_path, tmp_path / "run")
     resume(recipe_path, tmp_path / "run")
     first, second = of_kind(read_journal(tmp_path / "run"), "resume")
     assert len(first["notices"]) == 1
     assert "goes on in another environment" in first["notices"][0]
     assert second["notices"] == []
+
+
+def test_what_a_searcher_depends_on_is_recorded_and_compared(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def versions_of(*names: str) -> dict[str, str]:
+        return {name: importlib.metadata.version(name) for name in names}
+
+    def tpe() -> TPESearcher:
+        return TPESearcher(ToySpace())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TPESearcher, "packages", ())  # as it was recorded before it was asked for
+        start(recipe_path, tmp_path / "run", searcher=tpe(), trials=2)
+    resume(recipe_path, tmp_path / "run", searcher=tpe(), trials=3)
+    other = {"optuna": "9.9"}
+    monkeypatch.setattr(replay, "version", lambda name: other.get(name) or importlib.metadata.version(name))
+    resume(recipe_path, tmp_path / "run", searcher=tpe(), trials=4)
+    records = read_journal(tmp_path / "run")
+    assert "optuna" not in records[0]["versions"]
+    first, second = of_kind(records, "resume")
+    assert versions_of("optuna", "numpy").items() <= first["versions"].items()
+    assert first["notices"] == []
+    optuna = importlib.metadata.version("optuna")
+    assert second["notices"] == [f"goes on in another environment: optuna was {optuna}, is 9.9"]
+    assert second["versions"]["optuna"] == "9.9"
 
 
 def damage_tail(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -244,6 +245,35 @@ def test_equal_rewards_teach_nothing() -> None:
     play(Search(searcher), lambda _: 93.0, trials=12)
     for name, value in searcher.controller.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def taught(rewards: Sequence[float], updates: int = 3) -> bool:
+    """Whether updates with the same rewards change any weight, where nothing but rewards can."""
+    searcher = ControllerSearcher(sites(1), batch_size=len(rewards), entropy_coefficient=0.0, elites=1)
+    before = searcher.state_dict()["controller"]
+    for update in range(updates):
+        proposals = [searcher.propose(update * len(rewards) + i).choices for i in range(len(rewards))]
+        searcher.update(samples_of(proposals, rewards, [0] * len(rewards), [0.0] * len(rewards)))
+    return any(not torch.equal(value, before[name]) for name, value in searcher.controller.state_dict().items())
+
+
+@pytest.mark.parametrize(("size", "reward"), [(10, 0.9123), (12, 0.1), (12, -2.7), (20, 0.9123)])
+def test_equal_rewards_whose_mean_is_rounded_teach_nothing(size: int, reward: float) -> None:
+    """The mean of twelve times 0.1 is not 0.1: nor an advantage, nor a reason to imitate."""
+    assert not taught([reward] * size)
+
+
+def test_rewards_that_differ_by_rounding_teach_nothing() -> None:
+    assert not taught([0.3, 0.1 + 0.2, 0.3, 0.1 + 0.2])
+    assert taught([0.3, 0.3 + 1e-13, 0.3, 0.3 + 1e-13])
+
+
+def test_what_is_rounding_for_one_batch_counts_in_another() -> None:
+    """Equal rewards away from the baseline are all equally good or bad."""
+    searcher = ControllerSearcher(arms(2), batch_size=2)
+    for rewards, scale in (((0.1, 0.1), 0.0), ((0.3, 0.3), math.sqrt(0.2 * 0.2**2))):
+        figures = searcher.update(samples_of([(0,), (1,)], rewards, (0, 0), (0.0, 0.0)))
+        assert figures["advantage_std"] == pytest.approx(scale, rel=1e-14)
 
 
 def test_the_gradient_is_clipped_to_its_norm() -> None:

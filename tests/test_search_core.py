@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,25 @@ def test_trials_that_were_never_asked_are_refused(number: int) -> None:
         it.fail(number)
 
 
-@pytest.mark.parametrize("metric", [math.nan, math.inf, -math.inf])
-def test_metrics_that_are_not_finite_are_refused_and_change_nothing(metric: float) -> None:
+@pytest.mark.parametrize("metric", [math.nan, math.inf, -math.inf, 1.1e100, -1.1e100])
+def test_metrics_that_are_not_finite_or_too_large_are_refused_and_change_nothing(metric: float) -> None:
     it = search()
     it.ask()
     before = it.state_dict()
-    with pytest.raises(ValueError, match="metric must be finite"):
+    message = f"metric must be in [-1e+100, 1e+100], got {metric} for trial 0"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         it.tell(0, metric)
     assert it.state_dict() == before
+
+
+def test_the_largest_metrics_are_taken() -> None:
+    it = search(batch_size=2)
+    it.ask()
+    it.ask()
+    it.tell(0, 1e100)
+    update = it.tell(1, -1e100)
+    assert update is not None
+    assert update.figures == {"reward": [1e100, -1e100]}
 
 
 def test_directions_other_than_max_and_min_are_refused() -> None:

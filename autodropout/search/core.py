@@ -8,7 +8,6 @@ is recorded.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,8 @@ from .searcher import Searcher
 from .space import Choices
 
 DIRECTIONS = ("max", "min")
+LARGEST = 1e100  # of metrics, whatever their sign: of larger ones the squares, or their sum, may not be finite
+ALLOWED = f"in [{-LARGEST:g}, {LARGEST:g}]"
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class Search:
 
         Raises:
             KeyError: the trial was never asked, or has been told or failed already.
-            ValueError: the metric is not finite.
+            ValueError: the metric is not in [-1e100, 1e100], or no number.
         """
-        if not math.isfinite(metric):
-            raise ValueError(f"metric must be finite, got {metric} for trial {number}")
+        if not abs(metric) <= LARGEST:  # nor is NaN
+            raise ValueError(f"metric must be {ALLOWED}, got {metric} for trial {number}")
         trial = self._take(number)
         self.finished.append((trial, metric if self.direction == "max" else -metric))
         size = self.searcher.batch_size

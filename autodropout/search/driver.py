@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .core import ALLOWED
+from .core import LARGEST
 from .core import Search
 from .core import Update
 from .journal import Journal
@@ -118,7 +120,7 @@ def start_search(
             "runner": _runner_json(runner, runner_settings),
             "retries": retries,
             "stopper": None if stopper is None else stopper.settings(),
-            "versions": versions(),
+            "versions": versions(searcher.packages),
             "command": list(sys.argv if command is None else command),
         }
         journal, first = Journal.create(folder, header)
@@ -183,7 +185,7 @@ def resume_search(
                     "unfinished": [[number, attempt + 1] for number, attempt in driver.ledger.attempts.items()],
                     "notices": driver.notices,
                     "runner": _runner_json(runner, runner_settings),
-                    "versions": versions(),
+                    "versions": versions(searcher.packages),
                     "command": list(sys.argv if command is None else command),
                 }
             )
@@ -235,8 +237,8 @@ class _Driver:
             update = replay(records, self.search, self.stopper, covered, lambda record: self.see(record, replayed=True))
         if set(self.ledger.attempts) != set(self.search.unfinished):
             raise ReplayError("the snapshot and the journal differ in which trials are unfinished; delete the snapshot")
-        difference = compare_versions(self.ledger.versions)
-        if self.ledger.versions != versions():
+        difference = compare_versions(self.ledger.versions, self.search.searcher.packages)
+        if difference:
             self.notices.append(f"goes on in another environment: {difference}")
         self.waiting.extend(self.search.unfinished)
         return update
@@ -303,7 +305,7 @@ class _Driver:
     def _end(self, outcome: Outcome) -> None:
         task = self.running.pop(outcome.task.number)
         number, seconds = task.number, round(outcome.seconds, 3)
-        if isinstance(outcome, Finished) and math.isfinite(outcome.metric):
+        if isinstance(outcome, Finished) and abs(outcome.metric) <= LARGEST:
             fields = {"metric": float(outcome.metric), "seconds": seconds, "stopped": outcome.stopped}
             self.record({"record": "tell", "trial": number, **fields})
             with self._clock():
@@ -312,7 +314,7 @@ class _Driver:
                 self.record_update(update)
             return
         if isinstance(outcome, Finished):
-            kind, message = "raised", f"the metric must be finite, got {outcome.metric}"
+            kind, message = "raised", f"the metric must be {ALLOWED}, got {outcome.metric}"
         else:
             kind, message = outcome.kind, outcome.message
         final = self.ledger.failures[number] >= self.retries

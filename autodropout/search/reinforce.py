@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from .space import SearchSpace
 
 BLOCK = 16  # proposals that are sampled together: numbers [16 k, 16 k + 16)
 SELECTION = 6  # results for each elite, at least, before the elites are imitated
+ROUNDING = 2.0**-48  # of a reward or a baseline, relative: what rewards that should be equal may differ by
 TINY = 1e-12  # the least that a learning rate, a half-life or a clip may be
 
 
@@ -214,6 +216,9 @@ class ControllerSearcher(Searcher):
         first = self.baseline is None
         baseline = mean if self.baseline is None else self.baseline
         advantages = rewards - baseline
+        # Ties: divided by their own scale, the last bits of a mean would be as good as any difference.
+        if all(_equal(sample.reward, baseline) for sample in samples):
+            advantages = torch.zeros_like(advantages)
         keep = 0.0 if first else self.baseline_decay
         self.variance = keep * self.variance + (1 - keep) * float(advantages.square().mean())
         self.baseline = baseline + (1 - self.baseline_decay) * (mean - baseline)
@@ -241,7 +246,7 @@ class ControllerSearcher(Searcher):
         self.best = sorted([*self.best, *new], reverse=True)[: self.elites]
         if self.elite_coefficient == 0 or (self.updates + 1) * self.batch_size < SELECTION * self.elites:
             return []
-        return [elite.choices for elite in self.best if elite.reward > baseline]
+        return [elite.choices for elite in self.best if elite.reward > baseline and not _equal(elite.reward, baseline)]
 
     def _step(
         self,
@@ -315,3 +320,8 @@ class ControllerSearcher(Searcher):
             "elites": self.elites,
             "elite_coefficient": self.elite_coefficient,
         }
+
+
+def _equal(reward: float, baseline: float) -> bool:
+    """But for rounding."""
+    return math.isclose(reward, baseline, rel_tol=ROUNDING)

@@ -116,7 +116,7 @@ def replay(
         if kind == "report" and stopper is not None:
             go_on = stopper.report(record["trial"], record["step"], record["value"])
             if go_on != record["go_on"]:
-                raise _difference(line, records, f"to go on: {record['go_on']}", f"{go_on}")
+                raise _difference(line, records, search, f"to go on: {record['go_on']}", f"{go_on}")
         on_record(record)
     return update
 
@@ -130,7 +130,9 @@ def _search_again(
         now = {"choices": list(trial.choices), "log_prob": trial.log_prob, "update": trial.update}
         for name, value in {"trial": trial.number, **now}.items():
             if value != record[name]:
-                raise _difference(line, records, f"{name} {record[name]} for trial {record['trial']}", f"{value}")
+                raise _difference(
+                    line, records, search, f"{name} {record[name]} for trial {record['trial']}", f"{value}"
+                )
     elif kind == "tell":
         return search.tell(record["trial"], record["metric"])
     elif kind == "fail" and record["final"]:
@@ -140,31 +142,33 @@ def _search_again(
         recorded = (record["update"], tuple(record["trials"]), tuple(record["ages"]))
         if recorded != (update.number, update.trials, update.ages):
             what = "update {}, of trials {} with ages {}".format(*recorded)
-            raise _difference(line, records, what, f"{update.number}, {update.trials}, {update.ages}")
+            raise _difference(line, records, search, what, f"{update.number}, {update.trials}, {update.ages}")
     return None
 
 
-def _difference(line: int, records: Sequence[Record], recorded: str, now: str) -> ReplayError:
+def _difference(line: int, records: Sequence[Record], search: Search, recorded: str, now: str) -> ReplayError:
     recorded_versions = next(r["versions"] for r in reversed(records[:line]) if r["record"] in ("run", "resume"))
+    difference = compare_versions(recorded_versions, search.searcher.packages)
     return ReplayError(
         f"the search does not repeat what it did: line {line} of the journal holds {recorded}, and now it gives {now}. "
-        f"Versions, machine or code must differ from those of the run: {compare_versions(recorded_versions)}"
+        f"Versions, machine or code must differ from those of the run: {difference or 'no version differs'}"
     )
 
 
-def versions() -> dict[str, str]:
-    """What the last bits of a searcher's state can depend on."""
+def versions(packages: Sequence[str] = ()) -> dict[str, str]:
+    """What the last bits of a searcher's state can depend on; `packages`: see `Searcher`."""
     capability = torch.backends.cpu.get_cpu_capability()
     return {
         "autodropout": version("autodropout"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()} {capability}",
+        **{name: version(name) for name in packages},
     }
 
 
-def compare_versions(recorded: dict[str, str]) -> str:
-    """One line: where the recorded versions differ from those of this process."""
-    now = versions()
-    names = [name for name in sorted({*recorded, *now}) if recorded.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {recorded.get(name)}, is {now.get(name)}" for name in names) or "no version differs"
+def compare_versions(recorded: dict[str, str], packages: Sequence[str] = ()) -> str:
+    """One line: which of the recorded versions are others in this process; empty if none is."""
+    now = versions(packages)
+    different = [name for name in sorted(recorded) if recorded[name] != now.get(name)]
+    return "; ".join(f"{name} was {recorded[name]}, is {now.get(name)}" for name in different)

@@ -49,9 +49,11 @@ class Searcher(ABC):
         space: what is searched.
         seed: an integer.
         batch_size: finished samples that one `update` takes.
+        packages: distributions besides torch whose versions its proposals depend on: recorded with a search.
     """
 
     batch_size: int = 1
+    packages: tuple[str, ...] = ()
 
     def __init__(self, space: SearchSpace, seed: int = 0) -> None:
         self.space = space

@@ -26,6 +26,7 @@ import torch
 
 from ..policy import Policy
 from ..policy import Site
+from .core import LARGEST
 from .core import Search
 from .core import Trial
 from .core import Update
@@ -254,7 +255,7 @@ class SearcherContract:
         space = contract_spaces()[1]
         rewards: list[Reward] = [
             lambda _: 0.5,
-            lambda choices: 1e12 * zeros(choices),
+            lambda choices: LARGEST * (2 * zeros(choices) - 1),
             lambda _: -0.0,
             lambda _: -1e-300,
         ]

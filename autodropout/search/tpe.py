@@ -38,6 +38,8 @@ class TPESearcher(Searcher):
         ValueError: `startup` below 1.
     """
 
+    packages = ("numpy", "optuna")
+
     def __init__(self, space: SearchSpace, seed: int = 0, *, startup: int = 10) -> None:
         super().__init__(space, seed)
         if startup < 1:

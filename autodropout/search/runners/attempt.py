@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ...policy import Policy
+from ..core import ALLOWED
+from ..core import LARGEST
 from ..recipe import Recipe
 from ..recipe import load_recipe
 from .base import Failed
@@ -44,7 +46,7 @@ class _Reports:
         Raises:
             TrialStopped: the trial is not worth going on with.
             TypeError: a step that is no integer, or a value that is no number.
-            ValueError: a step that is negative or not above the last one, or a value that is not finite.
+            ValueError: a step that is negative or not above the last one, or a value that is not in [-1e100, 1e100].
         """
         if self.ended:
             self.end()
@@ -55,7 +57,7 @@ class _Reports:
         if step < least:
             last = "" if self.step is None else f", as the last one was {self.step}"
             raise ValueError(f"step must be at least {least}{last}, got {step}")
-        self.value = _finite(f"value of report at step {step}", value)
+        self.value = _metric(f"value of report at step {step}", value)
         self.step = step
         try:
             going = self.go_on(step, self.value)
@@ -92,7 +94,7 @@ def attempt(recipe: Recipe | Exception, task: Task, go_on: Callable[[int, float]
     failure: BaseException | None = None
     metric = math.nan
     try:
-        metric = _finite("result of train", recipe.train(Policy.from_json(task.policy), task.seed, reports))
+        metric = _metric("result of train", recipe.train(Policy.from_json(task.policy), task.seed, reports))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit() in a recipe ends the trial, not the worker
@@ -127,11 +129,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
 
 
-def _finite(name: str, value: object) -> float:
+def _metric(name: str, value: object) -> float:
     """The value as a float, tensors and NumPy's numbers included."""
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
+    if not abs(number) <= LARGEST:  # nor is NaN
+        raise ValueError(f"{name} must be {ALLOWED}, got {number}")
     return number
