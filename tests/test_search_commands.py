@@ -16,12 +16,15 @@ from autodropout import Site
 from autodropout import load_policy
 from autodropout.cli import main
 from autodropout.search import report
+from autodropout.search import run_folder
 from autodropout.search.commands import _table
 from autodropout.search.export import Export
 from autodropout.search.export import Finalist
 from autodropout.search.history import TrialHistory
 from autodropout.search.journal import read_journal
 from autodropout.search.recipe import shipped_recipes
+from autodropout.search.runners.base import Runner
+from autodropout.search.runners.in_process import InProcessRunner
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 
@@ -245,6 +248,33 @@ def test_two_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (header,) = records(run, "run")
     assert header["runner"] == {"kind": "processes", "workers": 2, "timeout": 300.0, "memory_limit": None}
     assert "hello from" in (run / "logs/worker-0.log").read_text() + (run / "logs/worker-1.log").read_text()
+
+
+def test_the_number_of_workers_is_that_of_the_last_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    def make(settings: dict[str, Any], folder: Path) -> Runner:
+        made.append(settings)
+        return InProcessRunner()
+
+    monkeypatch.setattr(run_folder, "make_runner", make)
+    write_recipe(tmp_path)
+    words = ["search", "toy.py", "--trials", "2", "--run", "run", "--searcher", "random", "--timeout", "9"]
+    for command in (
+        words,
+        ["resume", "run", "--trials", "3", "--workers", "4"],
+        ["resume", "run", "--trials", "5"],
+        ["export", "run", "--top", "1", "--seeds", "1"],
+    ):
+        assert main(command) == 0
+    assert [settings["workers"] for settings in made] == [1, 4, 4, 4]
+    assert [settings["timeout"] for settings in made] == [9.0] * 4
+    assert main(["report", "run"]) == 0
+    page = checked_page(tmp_path / "run")
+    assert page.has("4 workers (processes)")
+    assert page.has("kind processes, workers 4, timeout 9.0")
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

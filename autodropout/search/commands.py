@@ -152,7 +152,7 @@ def _resume(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 
     folder = arguments.folder
     history, recipe, space = open_search(folder)
-    settings = _other_workers(history.header["runner"], arguments.workers)
+    settings = _other_workers(history.runner, arguments.workers)
     runner = make_runner(settings, folder)
     stopper = stopper_again(history)
     with ExitStack() as stack:
@@ -186,7 +186,7 @@ def _export(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     from .run_folder import make_runner
 
     folder = arguments.folder
-    settings = _other_workers(read_history(folder).header["runner"], arguments.workers)
+    settings = _other_workers(read_history(folder).runner, arguments.workers)
     end = "\r" if sys.stderr.isatty() else "\n"
 
     def show(done: int, total: int) -> None:

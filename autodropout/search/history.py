@@ -37,6 +37,7 @@ class History:
     """Attributes:
 
     header: the first record.
+    runner: the settings of the runner, which resuming may have changed.
     commands: with which it was begun and resumed.
     budget: trials to propose in all.
     trials: in the order of their numbers.
@@ -49,6 +50,7 @@ class History:
 
     def __init__(self) -> None:
         self.header: Record = {}
+        self.runner: dict[str, Any] = {}
         self.commands: list[list[str]] = []
         self.budget = 0
         self.trials: list[TrialHistory] = []
@@ -77,6 +79,7 @@ class History:
             self.budget = record["trials"]
             self.commands.append(record["command"])
             self.header = self.header or record
+            self.runner = record["runner"]
         self.elapsed = self._before + max(0.0, now - self._begun)
         if kind == "ask":
             self.trials.append(TrialHistory(record["trial"], tuple(record["choices"]), record["update"]))

@@ -107,9 +107,8 @@ def _summary(history: History) -> str:
     header, best, over = history.header, history.best, len(history.told) + history.failed
     state = "complete" if over == history.budget else f"{over} of {history.budget} trials are over so far"
     begun = f"begun {header['time'][:16].replace('T', ' ')} UTC"
-    runner = header["runner"]
-    workers = _counted(runner["workers"], "worker", "workers")
-    line = f"Searcher {header['searcher']['name']}; {workers} ({runner['kind']}); {begun}; {state}."
+    workers = _counted(history.runner["workers"], "worker", "workers")
+    line = f"Searcher {header['searcher']['name']}; {workers} ({history.runner['kind']}); {begun}; {state}."
     seconds = [trial.seconds for trial in history.told]
     ages = [age for update in history.updates for age in update["ages"]]
     stopped = sum(trial.stopped is not None for trial in history.told)
@@ -177,7 +176,8 @@ def _searcher_charts(history: History) -> str:
         Series("mean", x, [statistics.fmean(update["ages"]) for update in updates], "line", 0),
     ]
     charts.append(("Age of the samples, in updates", xy_chart(ages, "update", "updates", zero=True)))
-    weights = [update["figures"].get("weights") for update in updates]
+    # A weight that is not finite is null in the journal.
+    weights = [[w for w in update["figures"].get("weights", ()) if w is not None] for update in updates]
     if any(weights):
         drawn = [
             _series("largest", "line", 1, [max(w) if w else None for w in weights]),
@@ -291,7 +291,7 @@ def _reproduce(history: History, space: SearchSpace) -> str:
         ("space", f"{len(space.tokens)} tokens, fingerprint {space.fingerprint()}"),
         ("seed", str(header["seed"])),
         ("searcher", _pairs(header["searcher"])),
-        ("runner", _pairs(header["runner"])),
+        ("runner", _pairs(history.runner)),
         ("retries", str(header["retries"])),
         ("early stopping", "none" if header["stopper"] is None else _pairs(header["stopper"])),
         *header["versions"].items(),
