@@ -228,8 +228,9 @@ def page() -> str:
         bitwise what it was, the keys of the `state_dict` stay, and the policy comes off again. Others of the same
         families work alike; `autodropout sites timm:NAME` lists what a model has.""",
         f"""Places: {places_of_all}; and ours, `feed_forward` ([Transformers](transformers.md)) and `branch`
-        ([definitions](definitions.md)), which are not listed below. A policy for places that a model lacks is refused by `apply_policy`; `Policy.fit`
-        leaves them out and says so. With `register_places` the places of a class of your own are said in a line.""",
+        ([definitions](definitions.md)), which are not listed below. A policy for places that a model lacks is refused
+        by `apply_policy`; `Policy.fit` leaves them out and says so. With `register_places` the places of a class of
+        your own are said in a line.""",
         """How one matrix is divided among query, key and value is known class by class (autodropout/qkv_layouts.py), or
         the matrix has a name that means equal thirds; `nn.MultiheadAttention` is taken over while it trains.""",
         """Places are found by the names of modules, and names do not say everything: attention over something else than
