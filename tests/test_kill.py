@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,17 @@ def controller() -> Searcher:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What torch imports at the first use of an optimizer takes longer than a life: once here, not in every fork."""
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What torch imports at the first use of an optimizer takes longer than a life: once here, not in every fork.
+
+    On one thread: OpenMP waits for ever in a fork of a process that has used several.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("warm")
     Lives(folder / "run", write_recipe(folder), controller, trials=5, snapshot_seconds=0).live()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
