@@ -46,8 +46,8 @@ def test_show_draws_a_file_on_a_map(tmp_path: Path) -> None:
 
 def test_unknown_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(["show", "hand-v9", "-o", str(tmp_path / "p.png")], capsys) == (
-        "autodropout: error: policy must be a file or one of the shipped policies (digits-v1, hand-lm-v0, hand-v0), "
-        "got 'hand-v9'"
+        "autodropout: error: policy must be a file or one of the shipped policies (digits-v1, digits-v2, hand-lm-v0, "
+        "hand-v0), got 'hand-v9'"
     )
     assert not (tmp_path / "p.png").exists()
 

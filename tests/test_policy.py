@@ -301,7 +301,8 @@ def test_files_that_are_not_json(content: bytes, message: str, tmp_path: Path) -
 
 def test_unknown_names_list_the_shipped_ones(tmp_path: Path) -> None:
     for name in ("hand-v9", tmp_path / "none.json", tmp_path):
-        message = f"policy must be a file or one of the shipped policies (digits-v1, hand-lm-v0, hand-v0), got '{name}'"
+        shipped = "digits-v1, digits-v2, hand-lm-v0, hand-v0"
+        message = f"policy must be a file or one of the shipped policies ({shipped}), got '{name}'"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             load_policy(name)
 
@@ -315,7 +316,7 @@ def test_a_shipped_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeypatc
 
 
 def test_every_shipped_policy_loads_and_round_trips() -> None:
-    assert shipped_policies() == ["digits-v1", "hand-lm-v0", "hand-v0"]
+    assert shipped_policies() == ["digits-v1", "digits-v2", "hand-lm-v0", "hand-v0"]
     for name in shipped_policies():
         policy = load_policy(name)
         assert Policy.from_json(policy.to_json()) == policy
