@@ -262,7 +262,7 @@ def _described(task: LanguageTask, device: torch.device) -> str:
 
 
 def _training_steps(task: LanguageTask) -> int:
-    recipe = task.settings.recipe
+    recipe: LanguageRecipe = task.settings.recipe
     return recipe.epochs * -(-(len(task.corpus.train) // recipe.batch_size) // recipe.segment)
 
 

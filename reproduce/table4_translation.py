@@ -279,7 +279,7 @@ def _described(task: TranslationTask, device: torch.device) -> str:
 
 
 def _training_steps(task: TranslationTask) -> int:
-    recipe = task.settings.recipe
+    recipe: TranslationRecipe = task.settings.recipe
     return recipe.epochs * task.prepared.steps(recipe)
 
 
