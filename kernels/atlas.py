@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from functools import lru_cache
+from numbers import Integral
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
@@ -69,18 +71,19 @@ class Atlas:
         """The atlas of these fields on a height x width map.
 
         Raises:
+            TypeError: a field that is no number, a side that is no integer.
             ValueError: a field out of its range (the message names it), unlimited repeat without stride, an empty map.
         """
-        return _cached_atlas((size, stride, repeat, rotate, shear_x, shear_y), (height, width))
+        return _checked_atlas((size, stride, repeat, rotate, shear_x, shear_y), height=height, width=width)
 
     @classmethod
     def of_sequence(cls, size: float, stride: float, repeat: int, length: int) -> Atlas:
         """The atlas of these fields on a sequence of so many positions: the map of one row on whose columns they tile.
 
         Raises:
-            ValueError: as `of`.
+            TypeError, ValueError: as `of`.
         """
-        return _cached_atlas((size, stride, repeat, 0.0, 0.0, 0.0), (length,))
+        return _checked_atlas((size, stride, repeat, 0.0, 0.0, 0.0), length=length)
 
     @property
     def expected_dropped(self) -> int:
@@ -175,6 +178,16 @@ def atlas_of(fields: torch.Tensor, sides: Sequence[int]) -> Atlas:
 def check_atlas_fields(fields: torch.Tensor) -> None:
     """Refuse what is not a fields tensor; reads no value, so it can be traced."""
     check_fields(fields, FIELDS, "atlas must be an Atlas or")
+
+
+def _checked_atlas(values: tuple[float, ...], **sides: int) -> Atlas:
+    for name, value in zip(FIELDS, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    for name, side in sides.items():
+        if isinstance(side, bool) or not isinstance(side, Integral):
+            raise TypeError(f"{name} must be an integer, got {side!r} of type {type(side).__name__}")
+    return _cached_atlas(values, tuple(sides.values()))
 
 
 @lru_cache(maxsize=CACHED)

@@ -19,15 +19,17 @@ computed at a time, forward and backward; so they are on the GPU for float64 and
 
 from __future__ import annotations
 
-import math
+import sys
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 
-from .checks import DTYPES
 from .checks import NORMALIZE
+from .checks import check_activation
 from .checks import check_choice
 from .checks import check_fields
 from .checks import check_flag
@@ -114,10 +116,8 @@ def token_attention(
 
 def _check_activations(q: object, k: object, v: object) -> None:
     for name, x in zip("qkv", (q, k, v), strict=True):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {x.dtype}")
+        check_activation(x, name)
+        assert isinstance(x, torch.Tensor)
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (N, H, T, D), got shape {tuple(x.shape)}")
         assert isinstance(q, torch.Tensor)
@@ -140,7 +140,8 @@ def _factor(scale: object, head: int) -> float:
         return float(max(head, 1) ** -0.5)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be None or a finite number, got {scale!r} of type {type(scale).__name__}")
-    if not math.isfinite(scale):
+    # Not by `isfinite`, which Dynamo cannot trace for a number that differs between calls.
+    if not -sys.float_info.max <= scale <= sys.float_info.max:
         raise ValueError(f"scale must be None or a finite number, got {scale}")
     return float(scale)
 
@@ -241,6 +242,19 @@ def _runs(
 # ---- implementations -----------------------------------------------------------------------------------------------
 
 
+def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs it without autocast, which stays on inside an op and would make its products 16-bit ones."""
+
+    @wraps(function)
+    def run(first: Any, *others: Any) -> Any:
+        device = next(x for x in (first, *others) if isinstance(x, torch.Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return function(first, *others)
+
+    return run
+
+
+@_as_written
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -276,6 +290,7 @@ def _forward(
     return out, lse
 
 
+@_as_written
 def _backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -321,6 +336,7 @@ def _backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
+@_as_written
 def _second_backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The gradient of the gradients, by the separate operations, which are differentiable further."""
     further = torch.is_grad_enabled()

@@ -101,11 +101,29 @@ def batch_norm_pattern_relu(
     arguments = (x, weight, bias, fields, starts, scale, eps)
     y, mean, _, var = _op(*arguments)
     if running_mean is not None and running_var is not None and x.numel():
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(var.to(running_var.dtype), momentum)
+        _average(running_mean, mean, momentum)
+        _average(running_var, var, momentum)
     result: torch.Tensor = y
     return result
+
+
+@torch.no_grad()
+def _average(running: torch.Tensor, of_batch: torch.Tensor, momentum: float) -> None:
+    """In place, and past the transforms of `torch.func`, to which it is a tensor of the outside that changes."""
+    if not torch._C._are_functorch_transforms_active():
+        running.lerp_(of_batch.to(running.dtype), momentum)
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        running, of_batch = _innermost(running), _innermost(of_batch)
+        running.lerp_(of_batch.to(running.dtype), momentum)
+
+
+def _innermost(x: torch.Tensor) -> torch.Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _check_vector(name: str, tensor: object, x: torch.Tensor) -> None:
@@ -328,8 +346,10 @@ def _second_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tenso
         # Views, because one tensor may be here twice.
         inputs = (grad, x, weight, bias)
         leaves = [one.view_as(one) if one.requires_grad else one.detach().requires_grad_() for one in inputs]
-        bn = F.batch_norm(leaves[1], None, None, leaves[2], leaves[3], True, 0.0, ctx.eps)
-        y = torch.relu(torch.ops.autodropout.tiled_apply(bn, fields, starts, scale))
+        # In the compute type, as forward; together in another one than x's they would also be refused.
+        of_x, of_weight, of_bias = (leaf.to(compute_type(x)) for leaf in leaves[1:])
+        bn = F.batch_norm(of_x, None, None, of_weight, of_bias, True, 0.0, ctx.eps)
+        y = torch.relu(torch.ops.autodropout.tiled_apply(bn, fields, starts, scale)).to(x.dtype)
         first = torch.autograd.grad(y, leaves[1:], leaves[0], create_graph=True)
         asked = [(one, other) for one, other in zip(first, grads, strict=True) if other is not None]
         outputs, upstream = zip(*asked, strict=True)

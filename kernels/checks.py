@@ -10,14 +10,14 @@ NORMALIZE = ("expected", "mask", "none")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_activation(x: object) -> None:
+def check_activation(x: object, name: str = "x") -> None:
     """Refuses what is not a strided tensor of a floating dtype that the ops know (TypeError)."""
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"x must be a strided tensor, got {'a nested one' if x.is_nested else x.layout}")
+        raise TypeError(f"{name} must be a strided tensor, got {'a nested one' if x.is_nested else x.layout}")
     if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float64, float32, float16 or bfloat16, got {x.dtype}")
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {x.dtype}")
 
 
 def check_maps(x: torch.Tensor) -> None:
@@ -44,10 +44,11 @@ def check_flag(name: str, value: object) -> None:
 
 def check_real(name: str, value: object, low: float, high: float) -> float:
     """A Python number in [low, high] as a float; TypeError or ValueError otherwise."""
+    allowed = f"[{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a number in {allowed}, got {value!r} of type {type(value).__name__}")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+        raise ValueError(f"{name} must be in {allowed}, got {value}")
     return float(value)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .atlas import Atlas
@@ -14,6 +16,11 @@ from .seeds import as_rank
 from .seeds import as_seed
 
 Placements = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # fields, starts, scale: what `tiled_apply` takes
+
+
+def stated(sides: Sequence[int]) -> str:
+    """What an atlas is of, in words."""
+    return f"map {sides[0]}x{sides[1]}" if len(sides) == 2 else f"sequence of {sides[0]}"
 
 
 def place(
@@ -30,10 +37,9 @@ def place(
     if isinstance(atlas, torch.Tensor):
         fields = atlas
     # Not by its class: imported as `kernels` and as `autodropout.kernels`, this folder has two of that name.
-    elif all(hasattr(atlas, name) for name in ("fields", "height", "width")):
-        if [atlas.height, atlas.width] != sides:
-            stated, given = "x".join(map(str, sides)), f"{atlas.height}x{atlas.width}"
-            raise ValueError(f"atlas must be of x's map {stated}, got one of a map {given}")
+    elif all(hasattr(atlas, name) for name in ("fields", "sides")):
+        if atlas.sides != tuple(sides):
+            raise ValueError(f"atlas must be of x's {stated(sides)}, got one of a {stated(atlas.sides)}")
         fields = atlas.fields
     else:
         raise TypeError(f"atlas must be an Atlas or a tensor of fields, got {type(atlas).__name__}")

@@ -96,8 +96,8 @@ def tiled_dropout_add(
 
 
 def _check_residual(residual: object, x: torch.Tensor) -> None:
-    if not isinstance(residual, torch.Tensor):
-        raise TypeError(f"residual must be a tensor, got {type(residual).__name__}")
+    check_activation(residual, "residual")
+    assert isinstance(residual, torch.Tensor)
     if residual.dtype != x.dtype:
         raise TypeError(f"residual must be of x's dtype {x.dtype}, got {residual.dtype}")
     if residual.shape != x.shape or residual.device != x.device:

@@ -40,6 +40,7 @@ from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .philox import below
 from .philox import philox
+from .placements import stated
 from .registration import register_op
 from .seeds import Seed
 from .seeds import as_rank
@@ -105,7 +106,7 @@ def tiled_dropout(
     # Not by its class: imported as `kernels` and as `autodropout.kernels`, this folder has two of that name.
     elif all(hasattr(atlas, name) for name in ("fields", "sides")):
         if atlas.sides != tuple(sides):
-            raise ValueError(f"atlas must be of x's {_stated(sides)}, got one of a {_stated(atlas.sides)}")
+            raise ValueError(f"atlas must be of x's {stated(sides)}, got one of a {stated(atlas.sides)}")
         fields = atlas.fields
     else:
         raise TypeError(f"atlas must be an Atlas or a tensor of fields, got {type(atlas).__name__}")
@@ -113,10 +114,6 @@ def tiled_dropout(
     seed, rank = as_seed(seed, x.device), as_rank(rank)
     starts, scale = torch.ops.autodropout.tiled_draw(fields, seed, n, c, sides, share_c, normalize, rank)
     return _differentiable(x, fields, starts, scale)
-
-
-def _stated(sides: Sequence[int]) -> str:
-    return f"map {sides[0]}x{sides[1]}" if len(sides) == 2 else f"sequence of {sides[0]}"
 
 
 # ---- draw: placements and scale ------------------------------------------------------------------------------------

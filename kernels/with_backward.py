@@ -12,6 +12,7 @@ from typing import Any
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from .registration import register_op
 
@@ -61,7 +62,9 @@ def register_with_backward(
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
-            return differentiated(ctx, _EagerBackward.apply, grad)
+            # Compiled autograd traces this, and no Function in it.
+            backward = call_backward if torch.compiler.is_compiling() else _EagerBackward.apply
+            return differentiated(ctx, backward, grad)
 
     class _EagerBackward(torch.autograd.Function):
         setup_context = staticmethod(save_for_second)
@@ -78,6 +81,11 @@ def register_with_backward(
     register_op(*backward[:3], setup_context=save_for_second, backward=second_backward)
 
     def op(*args: Any) -> Any:
-        return call(*args) if torch.compiler.is_compiling() else _Eager.apply(*args)
+        if not torch.compiler.is_compiling():
+            return _Eager.apply(*args)
+        if forward_ad._current_level >= 0:
+            # Dynamo leaves the graph here, and raises if it must not. Going on would give zeros.
+            raise RuntimeError(f"{name} has no forward-mode derivative")
+        return call(*args)
 
     return op

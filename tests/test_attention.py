@@ -278,3 +278,45 @@ def test_relative_positions_are_a_longer_head() -> None:
     bound = 2 * relative * torch.finfo(torch.float64).eps * (weights @ v.abs())
     assert bool(((out - weights @ v).abs() <= bound).all())
     assert float((weights @ v).abs().max()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    """It stays on inside an op, whose products it would form in 16 bits; compiled ones it does not reach."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = tuple(
+        (size * torch.randn((1, 2, 32, 16), generator=generator)).to(dtype).requires_grad_() for size in (3, 3, 1)
+    )
+    upstream = torch.randn((1, 2, 32, 16), generator=generator).to(dtype)
+
+    def op(*leaves: torch.Tensor) -> torch.Tensor:
+        return token_attention(*leaves, (2, 2, 0.3), SEED)
+
+    expected = gradients(op(*leaves), leaves, upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(op(*leaves), leaves, upstream)
+        compiled = torch.compile(op, backend="aot_eager")(*leaves)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert torch.equal(compiled, expected["out"])
+
+
+def test_large_scores_under_autocast_to_float16() -> None:
+    x = 60 * torch.randn((1, 1, 8, 64), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.float16):
+        assert itself(x).isfinite().all()
+
+
+def test_a_scale_that_differs_between_compiled_calls() -> None:
+    q = torch.randn((1, 2, 8, 4), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda x, scale: itself(x, scale=scale), backend="aot_eager", fullgraph=True)
+    for scale in (0.1, 0.2, 0.3):
+        assert torch.equal(compiled(q, scale), itself(q, scale=scale))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_other_layouts_are_refused_by_name(name: str) -> None:
+    given = {one: torch.ones(1, 1, 2, 2) for one in "qkv"}
+    given[name] = given[name].to_sparse()
+    with pytest.raises(TypeError, match=f"^{name} must be a strided tensor, got torch.sparse_coo$"):
+        token_attention(**given, fields=FIELDS, seed=SEED)

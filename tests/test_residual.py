@@ -20,6 +20,7 @@ from twins import tiled_numpy
 from twins.tiled_numpy import Tiling
 
 from autodropout import TiledPattern
+from autodropout.kernels import Atlas
 from autodropout.kernels import bernoulli_dropout
 from autodropout.kernels import drop_path_add
 from autodropout.kernels import tiled_dropout
@@ -272,3 +273,28 @@ def test_bad_arguments_are_named(kind: str, arguments: Any, error: type[Exceptio
     add(kind, **accepted)
     with pytest.raises(error, match=message):
         add(kind, **(accepted | arguments))
+
+
+def test_an_atlas_of_a_sequence_is_none_of_a_map_of_one_row() -> None:
+    x = torch.ones(2, 2, 1, 8)
+    with pytest.raises(ValueError, match=r"^atlas must be of x's map 1x8, got one of a sequence of 8$"):
+        tiled_dropout_add(x, x, Atlas.of_sequence(0.25, 0.25, 3, 8), SEED)
+
+
+def test_a_sparse_residual_is_refused() -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(TypeError, match=r"^residual must be a strided tensor, got torch.sparse_coo$"):
+        drop_path_add(x, x.to_sparse(), 0.5, SEED)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a", 0, 1, 0, 0, 0, 3, 3), "size must be a number, got 'a' of type str"),
+        ((0.5, [0.5], 1, 0, 0, 0, 3, 3), r"stride must be a number, got \[0.5\] of type list"),
+        ((0.5, 0, 1, 0, 0, 0, 3.5, 3), "height must be an integer, got 3.5 of type float"),
+    ],
+)
+def test_an_atlas_of_other_types_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        Atlas.of(*arguments)

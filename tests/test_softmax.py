@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import mask_contracts as contracts
@@ -151,3 +153,35 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
     softmax_token_dropout(**accepted)
     with pytest.raises(error, match=message):
         softmax_token_dropout(**(accepted | arguments))
+
+
+def test_forward_mode_is_refused_when_compiled() -> None:
+    """PyTorch would take the tangent of the op to be zero."""
+    x = torch.randn(1, 2, 3, 8)
+
+    def tangent(x: torch.Tensor) -> torch.Tensor:
+        derivative: torch.Tensor = torch.func.jvp(lambda x: softmax_token_dropout(x, FIELDS, SEED), (x,), (x,))[1]
+        return derivative
+
+    with pytest.raises(Exception, match="no forward-mode derivative"):
+        torch.compile(tangent, backend="aot_eager", fullgraph=True)(x)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.compile(tangent, backend="aot_eager")(x)
+
+
+# In a process of its own: PyTorch keeps a part of this setting until its end.
+COMPILED_AUTOGRAD = """
+import torch
+from autodropout.kernels import softmax_token_dropout
+x = torch.randn((1, 2, 3, 8), generator=torch.Generator().manual_seed(0)).requires_grad_()
+def loss(): return softmax_token_dropout(x, (2, 1, 0.5), 5).sin().sum()
+(expected,) = torch.autograd.grad(loss(), x)
+y = loss()
+torch._dynamo.config.compiled_autograd = True
+torch.compile(lambda y: y.backward(), backend="aot_eager")(y)
+assert torch.equal(x.grad, expected)
+"""
+
+
+def test_compiled_autograd() -> None:
+    subprocess.run([sys.executable, "-c", COMPILED_AUTOGRAD], check=True)
