@@ -31,26 +31,13 @@ class AttentionWeights(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
         if func in SOFTMAXES:
-            return self._softmax(func, *args, **kwargs)
+            scores = _scores(*args, **kwargs)
+            return func(*args, **kwargs) if scores is None else self.softmax(scores)
         if func is F.linear:
             return self.linear(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return multi_head_attention(Inside(self.projected, self.softmax, self.attention), *args, **kwargs)
         return func(*args, **kwargs)
-
-    def _softmax(
-        self,
-        func: Callable[..., Tensor],
-        input: Tensor,
-        dim: int | None = None,
-        *others: Any,
-        dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if dim not in (-1, input.dim() - 1) or input.dim() < 4:
-            return func(input, dim, *others, dtype=dtype, **kwargs)
-        dtype = next((other for other in others if isinstance(other, torch.dtype)), dtype)
-        return self.softmax(input if dtype is None else input.to(dtype))
 
     def softmax(self, scores: Tensor) -> Tensor:
         """The weights of scores (..., H, Q, K)."""
@@ -68,6 +55,23 @@ class AttentionWeights(TorchFunctionMode):
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As `linear`."""
         return F.linear(input, weight, bias)
+
+
+def _scores(
+    input: Any = None,
+    dim: Any = None,
+    *others: Any,
+    dtype: torch.dtype | None = None,
+    _stacklevel: int = 3,
+    **unknown: Any,
+) -> Tensor | None:
+    """What a softmax that is called so is taken of, if that is scores (..., H, Q, K); `out` is left to PyTorch."""
+    if unknown or input.dim() < 4 or dim not in (-1, input.dim() - 1):
+        return None
+    # Among the positional ones: second of `torch.softmax`, behind `_stacklevel` of `torch.nn.functional.softmax`.
+    dtype = next((other for other in others if isinstance(other, torch.dtype)), dtype)
+    scores: Tensor = input if dtype is None else input.to(dtype)
+    return scores
 
 
 def as_autocast_would(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -114,6 +118,9 @@ class Listener(AttentionWeights):
 
 class Dropped(AttentionWeights):
     """Puts patterns on what an attention makes inside.
+
+    Of scores with more than four dimensions, -3 is taken for the heads and all before it for samples. Where windows
+    come after the heads, as in Hiera, that makes the heads samples, and `share_c` shares a mask among windows.
 
     Args:
         weights: from scores (N, H, Q, K) to dropped weights; None leaves them alone.
@@ -162,7 +169,7 @@ class Dropped(AttentionWeights):
         if self.on_scores is None:
             return super().softmax(scores)
         self._found("softmax")
-        # More dimensions in front (windows of an image, for example) are all samples; without heads there is one.
+        # More dimensions in front are all samples, see above; without heads there is one.
         return self.on_scores(scores.reshape(-1, *scores.shape[-3:]) if scores.dim() > 3 else scores[:, None]).view_as(
             scores
         )

@@ -18,7 +18,8 @@ from .search.commands import Command
 from .search.commands import add_commands
 
 ERROR = 2  # the exit code of argparse for bad arguments, and ours for bad files
-OPTIONAL = ("matplotlib", "optuna", "ray", "rich", "scipy")  # packages that not every command needs
+# Packages that not every command needs.
+OPTIONAL = ("filelock", "matplotlib", "optuna", "ray", "rich", "scipy", "timm", "torchvision", "transformers")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,16 +94,19 @@ def _sites(arguments: argparse.Namespace, _command: Sequence[str]) -> int:
     from .fit import size_of  # these need torch
     from .sites import sites_by_place
     from .zoo import open_model
+    from .zoo import running
 
     if arguments.output is not None and arguments.policy is None:
         raise ValueError(f"--output needs --policy, got {arguments.output} without one")
     model, example = open_model(arguments.model)
     if arguments.policy is not None:
-        fitted = load_policy(arguments.policy).fit(model, example)
+        with running(arguments.model, model, example):
+            fitted = load_policy(arguments.policy).fit(model, example)
         if arguments.output is not None:
             fitted.save(arguments.output)
         return 0
-    found = {place: sites for place, sites in sites_by_place(model, example, PLACES).items() if sites}
+    with running(arguments.model, model, example):
+        found = {place: sites for place, sites in sites_by_place(model, example, PLACES).items() if sites}
     if not found:
         raise ValueError(f"model must have sites of one of the places {', '.join(PLACES)}, got {arguments.model}")
     for place, sites in found.items():

@@ -64,14 +64,15 @@ class BatchNormPatternReLU2d(nn.BatchNorm2d):
         if not self.training:
             return torch.relu(super().forward(input))
         momentum = self.momentum
-        if self.track_running_stats and self.num_batches_tracked is not None:
+        tracked = self.track_running_stats  # it may be set later, when the buffers are there
+        if tracked and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if momentum is None:  # the average over all batches
                 momentum = 1.0 / float(self.num_batches_tracked)
         y: torch.Tensor = batch_norm_pattern_relu(
             input,
-            self.running_mean,
-            self.running_var,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
             self.weight,
             self.bias,
             self._fields,

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.fx
 from torch import nn
 
 from .functional import dispatch
@@ -27,7 +28,8 @@ class PatternDropout(nn.Module):
     """Dropout with any pattern: `pattern_dropout` as a module. In evaluation it returns its input itself.
 
     `module.pattern = p` may be set at any time, for example by a schedule; under `torch.compile` it never recompiles as
-    long as the kind of pattern, its `share_c` (`shared`) and `normalize` stay the same.
+    long as the kind of pattern, its `share_c` (`shared`) and `normalize` stay the same. For `torch.fx` the module is
+    one step, as `nn.Dropout` is.
 
     Shape: (N, C, H, W), any shape with the batch first for a `BernoulliPattern`, or one of `layout` for a
     `TokenPattern`; the output has the input's shape, dtype and memory format.
@@ -40,9 +42,10 @@ class PatternDropout(nn.Module):
 
     Raises:
         TypeError: `pattern` is not a pattern, or `normalize` or `layout` not a string.
-        ValueError: `normalize` or `layout` is none of the above.
+        ValueError: `normalize` or `layout` is none of the above, or `pattern`, also one set later, not for `layout`.
     """
 
+    _asked_layout: str | None = None  # where it is None, `layout` is "NTC", but patterns of maps are allowed
     # Plain attributes, no buffer: a buffer would follow the module to the GPU, and reading it costs a host sync. What
     # Dynamo sees of a pattern is a graph input (the numbers) and constants (the op, what a decision is shared by).
     _pattern: Pattern
@@ -54,8 +57,9 @@ class PatternDropout(nn.Module):
     def __init__(self, pattern: Pattern, normalize: str | None = None, layout: str | None = None) -> None:
         super().__init__()
         self.normalize = None if normalize is None else choice("normalize", normalize, NORMALIZE)
+        self.layout = "NTC" if layout is None else choice("layout", layout, LAYOUTS)
+        self._asked_layout = layout
         self.pattern = pattern
-        self.layout = choice("layout", layout_of(pattern, layout), LAYOUTS)
 
     @property
     def pattern(self) -> Pattern:
@@ -65,6 +69,7 @@ class PatternDropout(nn.Module):
     def pattern(self, pattern: Pattern) -> None:
         if not isinstance(pattern, Pattern):
             raise TypeError(f"pattern must be a Pattern, got {pattern!r} of type {type(pattern).__name__}")
+        layout_of(pattern, self._asked_layout)  # refuses what it is not for
         self._shared = sharing(pattern)
         self._op = pattern.op
         self._default_normalize = pattern.default_normalize
@@ -73,8 +78,9 @@ class PatternDropout(nn.Module):
         self._pattern = pattern
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return x
+        return _called(self, x)
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
         normalize = self._default_normalize if self.normalize is None else self.normalize
         return dispatch(x, self._op, self._fields, self._shared, normalize, layout=self.layout)
 
@@ -92,6 +98,12 @@ class PatternDropout(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # torch.load moves every tensor to `map_location`: the fields are made again, on the CPU.
         self.pattern = self._pattern
+
+
+@torch.fx.wrap
+def _called(module: PatternDropout, x: torch.Tensor) -> torch.Tensor:
+    """`torch.fx` does not look inside: it keeps this call, and the module with its training flag."""
+    return module._drop(x) if module.training else x
 
 
 class PatternSite(nn.Module):
@@ -151,10 +163,10 @@ class _Dropout(PatternDropout):
     def p(self) -> float:
         return _rate(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and self._dims is not None and x.dim() != len(self._dims):
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        if self._dims is not None and x.dim() != len(self._dims):
             raise ValueError(f"x must be ({', '.join(self._dims)}), got shape {tuple(x.shape)}")
-        return super().forward(x)
+        return super()._drop(x)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

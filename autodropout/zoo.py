@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 from torch import nn
 
 from .sites import Example
+from .sites import uncompiled
 
 IMAGE_SIDE = 224
 TOKENS = 16
@@ -29,16 +34,64 @@ def open_model(name: str) -> tuple[nn.Module, Example]:
             of its configuration), or `FILE.py:FUNCTION`, a function without arguments that returns (model, example).
 
     Raises:
-        ValueError: none of these.
+        ValueError: none of these, or its code raises an error.
         ImportError: the library is not installed.
     """
     source, _, what = name.partition(":")
     if source in _LIBRARIES and what:
-        return _LIBRARIES[source](what)
+        importlib.import_module(source)  # here it is the library itself that is missing, below what it wants in turn
+        with _told(f"{name} cannot be built", but=ValueError):
+            return _LIBRARIES[source](what)
     if source.endswith(".py") and what:
         return _from_file(Path(source), what)
     kinds = ", ".join(f"{library}:NAME" for library in _LIBRARIES)
     raise ValueError(f"model must be one of {kinds} or FILE.py:FUNCTION, got {name!r}")
+
+
+@contextmanager
+def running(name: str, model: nn.Module, example: Example) -> Iterator[None]:
+    """Around what runs the model of that name on its example.
+
+    Raises:
+        ValueError: the model's code raises an error; what is raised around it passes.
+    """
+    inside: list[nn.Module] = []
+    model = uncompiled(model)
+    handles = [
+        model.register_forward_pre_hook(lambda module, _args: inside.append(module)),
+        model.register_forward_hook(lambda _module, _args, _y: inside.clear()),
+    ]
+    try:
+        yield
+    except Exception as error:
+        if not inside:
+            raise
+        raise ValueError(
+            f"{name} does not run with its example, {_shapes(example)}; FILE.py:FUNCTION can return a model with an "
+            f"example of your own: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shapes(example: object) -> str:
+    if isinstance(example, torch.Tensor):
+        return str(tuple(example.shape))
+    if isinstance(example, Mapping):
+        return ", ".join(f"{name} {_shapes(value)}" for name, value in example.items())
+    return ", ".join(map(_shapes, example)) if isinstance(example, (tuple, list)) else type(example).__name__
+
+
+@contextmanager
+def _told(what: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Makes an error of any kind, `but` one, a ValueError that says `what` failed."""
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _torchvision(name: str) -> tuple[nn.Module, Example]:
@@ -46,7 +99,11 @@ def _torchvision(name: str) -> tuple[nn.Module, Example]:
 
     if name not in torchvision.models.list_models():
         raise ValueError(f"model must be one of torchvision.models.list_models(), got {name!r}")
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    # Where a model has a backbone, that comes with weights by default.
+    parts = inspect.signature(torchvision.models.get_model_builder(name)).parameters.keys() & {"weights_backbone"}
+    options: dict[str, Any] = {"weights": None, **dict.fromkeys(parts)}
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
     model: nn.Module = _unweighted(lambda: torchvision.models.get_model(name, **options))
     return model, torch.zeros(1, 3, IMAGE_SIDE, IMAGE_SIDE, device=_device(model))
 
@@ -100,10 +157,12 @@ def _from_file(path: Path, function: str) -> tuple[nn.Module, Example]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _told(f"{path} cannot be imported"):
+        spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(f"model must be a function of {path}, got {function!r}")
-    opened = getattr(module, function)()
+    with _told(f"{path}:{function} must return (model, example)"):
+        opened = getattr(module, function)()
     if not (isinstance(opened, tuple) and len(opened) == 2 and isinstance(opened[0], nn.Module)):
         raise ValueError(f"{path}:{function} must return (model, example), got {type(opened).__name__}")
     return opened

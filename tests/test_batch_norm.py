@@ -405,6 +405,26 @@ def test_the_module_with_other_options(options: dict[str, Any]) -> None:
         torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_the_module_stops_and_resumes_tracking(momentum: float | None) -> None:
+    """`track_running_stats` set after the buffers are there, as to leave statistics out of some passes."""
+    norm, module = torch.nn.BatchNorm2d(5, momentum=momentum), BatchNormPatternReLU2d(5, PATTERN, momentum=momentum)
+    for i, tracked in enumerate([True, False, False, True]):
+        norm.track_running_stats = module.track_running_stats = tracked
+        before = copy.deepcopy(module.state_dict())
+        x = torch.randn(4, 5, 6, 7) + 3
+        torch.manual_seed(i)
+        y = module(x)
+        torch.manual_seed(i)
+        assert torch.equal(y, torch.relu(tiled_dropout(norm(x), FIELDS)))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(module.state_dict()[name], before[name]) != tracked
+            torch.testing.assert_close(module.state_dict()[name], norm.state_dict()[name], rtol=1e-6, atol=1e-7)
+    norm.load_state_dict(module.state_dict())
+    module.track_running_stats = norm.track_running_stats = False
+    assert torch.equal(module.eval()(x), torch.relu(norm.eval()(x)))
+
+
 def test_the_module_can_be_copied_pickled_and_read() -> None:
     module = BatchNormPatternReLU2d(5, PATTERN)
     x = torch.randn(4, 5, 6, 7)
@@ -457,3 +477,43 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
     batch_norm_pattern_relu(**accepted)
     with pytest.raises(error, match=message):
         batch_norm_pattern_relu(**(accepted | arguments))
+
+
+@pytest.mark.parametrize("through_x", [False, True])
+def test_running_averages_under_functional_gradients(through_x: bool) -> None:
+    """They are tensors of the outside, which `torch.func` lets no op change."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn((4, 2, 3, 4), generator=generator), torch.rand(2, generator=generator)
+    atlas = TiledPattern(0.3, 0.3).atlas(3, 4)
+
+    def loss(weight: torch.Tensor, running: list[torch.Tensor]) -> torch.Tensor:
+        y = batch_norm_pattern_relu(x * weight.sum() if through_x else x, *running, weight, None, atlas, SEED)
+        return y.sin().sum()
+
+    expected, found = ([torch.zeros(2), torch.ones(2)] for _ in range(2))
+    leaf = weight.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, expected), leaf)
+    assert torch.equal(torch.func.grad(lambda weight: loss(weight, found))(weight), gradient)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert found[0].any()
+
+
+@pytest.mark.parametrize(("of_x", "of_weight"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_the_second_derivative_where_dtypes_differ(of_x: torch.dtype, of_weight: torch.dtype) -> None:
+    """Equal to the one where they do not, but for the rounding of the results to their dtypes."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn((4, 2, 3, 4), generator=generator), torch.rand(2, generator=generator).to(of_weight)
+    atlas = TiledPattern(0.3, 0.3).atlas(3, 4)
+
+    def second(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        x, weight = values[0].to(of_x).requires_grad_(), values[1].to(dtype).requires_grad_()
+        y = batch_norm_pattern_relu(x, None, None, weight, None, atlas, SEED)
+        first = torch.autograd.grad(y.sin().sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum(one.double().square().sum() for one in first), (x, weight))
+
+    for one, other in zip(second(of_weight), second(of_x), strict=True):
+        assert one.isfinite().all()
+        # Rounded once as a gradient and once as its gradient, of at most the largest.
+        unit = torch.finfo(of_weight).eps
+        assert (one.double() - other.double()).abs().max() <= 4 * unit * other.abs().max()

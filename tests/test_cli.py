@@ -99,6 +99,92 @@ def test_without_matplotlib(
     )
 
 
+@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+def test_without_the_library_of_a_model(
+    library: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    line = fails(["sites", f"{library}:resnet18"], capsys)
+    assert line == f"autodropout: error: import of {library} halted; None in sys.modules"
+
+
+def test_a_search_without_filelock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "autodropout.search.journal", raising=False)
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    line = fails(["search", "cifar10"], capsys)
+    assert line == "autodropout: error: import of filelock halted; None in sys.modules"
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "error"),
+    [
+        ("torchvision:r3d_18", "(1, 3, 224, 224)", "RuntimeError: "),
+        ("torchvision:raft_small", "(1, 3, 224, 224)", "TypeError: RAFT.forward() missing 1 required positional"),
+        ("transformers:CLIPModel", "input_ids (1, 16)", ""),
+        ("transformers:WhisperModel", "input_ids (1, 16), decoder_input_ids (1, 16)", ""),
+    ],
+)
+def test_a_model_that_wants_another_example(
+    name: str, shapes: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails(["sites", name], capsys).startswith(
+        f"autodropout: error: {name} does not run with its example, {shapes}; FILE.py:FUNCTION can return a model "
+        f"with an example of your own: {error}"
+    )
+
+
+OWN = """
+from torch import nn, ones
+class Wrong(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+    def forward(self, x, scale):
+        return self.norm(x) * scale["a"]["b"]
+def wrong():
+    return Wrong(), (ones(1, 3, 4, 4), {"a": [ones(2), 3]})
+def fails():
+    return {}["key"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "policy", "message"),
+    [
+        ("fails", [], "own.py:fails must return (model, example): KeyError: 'key'"),
+        (
+            "wrong",
+            [],
+            "own.py:wrong does not run with its example, (1, 3, 4, 4), a (2,), int; FILE.py:FUNCTION can return a "
+            "model with an example of your own: TypeError: list indices must be integers or slices, not str",
+        ),
+        ("wrong", ["--policy", "hand-v0"], "own.py:wrong does not run with its example, (1, 3, 4, 4), a (2,), int; "),
+        ("wrong", ["--policy", "hand-v9"], "policy must be a file or one of the shipped policies "),
+    ],
+)
+def test_errors_of_a_file_are_one_line(
+    function: str,
+    policy: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN, encoding="utf-8")
+    assert fails(["sites", f"own.py:{function}", *policy], capsys).startswith(f"autodropout: error: {message}")
+
+
+def test_a_file_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("import no_such_package\n", encoding="utf-8")
+    assert fails(["sites", "own.py:f"], capsys) == (
+        "autodropout: error: own.py cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"
+    )
+
+
 def test_help_names_the_shipped_policies(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["show", "--help"])

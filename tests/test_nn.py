@@ -10,16 +10,21 @@ from typing import Any
 import pytest
 import timm.layers
 import torch
+import torchvision
 from test_functional import PATTERNS
 from test_functional import activation
 from test_functional import many
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from autodropout import BernoulliPattern
 from autodropout import BlockPattern
 from autodropout import Pattern
+from autodropout import Policy
 from autodropout import TiledPattern
+from autodropout import TokenPattern
+from autodropout import apply_policy
 from autodropout import pattern_dropout
 from autodropout.nn import DropBlock2d
 from autodropout.nn import Dropout
@@ -87,6 +92,33 @@ def test_refuses_bad_arguments_and_keeps_what_it_had() -> None:
         PatternDropout(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^normalize must be one of 'mask', 'expected', 'none', got 'mean'$"):
         PatternDropout(PATTERNS[0], normalize="mean")
+
+
+@pytest.mark.parametrize(
+    ("layout", "pattern"),
+    [
+        ("TNC", BernoulliPattern(0.5, "sample")),
+        ("TNC", BernoulliPattern(0.5, "map")),
+        ("NTC", BernoulliPattern(0.5, "map")),
+        ("NTC", TiledPattern(0.2)),
+        ("NHQK", BlockPattern(0.1, 3)),
+    ],
+)
+def test_a_layout_refuses_the_same_patterns_later(layout: str, pattern: Pattern) -> None:
+    """It would take tokens for channels or samples. Refused ones leave the module as it was, and so do copies."""
+    own = TokenPattern(2, rate=0.5)
+    module = PatternDropout(own, layout=layout)
+    x = torch.ones(2, 3, 8, 8) if layout == "NHQK" else torch.ones(2, 3, 8)
+    y = draw(module, x)
+    with pytest.raises(ValueError, match="layout must be None for what takes"):
+        PatternDropout(pattern, layout=layout)
+    for copied in (module, copy.deepcopy(module), by_pickle(module)):
+        with pytest.raises(ValueError, match=f"layout must be None .*, got '{layout}' with {type(pattern).__name__}"):
+            copied.pattern = pattern
+        assert copied.pattern == own
+        assert torch.equal(draw(copied, x), y)
+        copied.pattern = BernoulliPattern(1.0)
+        assert not draw(copied, x).any()
 
 
 def by_pickle(module: nn.Module) -> Any:
@@ -272,3 +304,30 @@ def test_drop_block_is_its_pattern() -> None:
 def test_named_modules_name_their_arguments(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("module", [PatternDropout(TiledPattern(0.5)), SpatialDropout2d(0.5)], ids=repr)
+def test_fx_keeps_the_module_as_one_step(module: nn.Module) -> None:
+    """The graph follows the training flag, copies too, and has no state that the model has not."""
+    x = activation()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), module)
+    graph = torch.fx.symbolic_trace(model)
+    assert list(graph.state_dict()) == list(model.state_dict())
+    for traced in (graph, copy.deepcopy(graph), by_pickle(graph)):
+        for training in (True, False):
+            assert torch.equal(draw(traced.train(training), x), draw(model.train(training), x))
+    assert not torch.equal(draw(graph.train(), x), graph.eval()(x))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_features_are_extracted_from_a_model_with_a_policy(residual: bool) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    model = torchvision.models.resnet18(num_classes=4)
+    apply_policy(model, Policy.uniform(TiledPattern(0.3, residual=residual)), x)
+    features = create_feature_extractor(model, ["layer4"])
+    expected: list[torch.Tensor] = []
+    model.layer4.register_forward_hook(lambda _module, _args, y: expected.append(y))
+    for training in (True, False):
+        expected.clear()
+        draw(model.train(training), x)
+        assert torch.equal(draw(features.train(training), x)["layer4"], expected[0])  # type: ignore[call-overload]
