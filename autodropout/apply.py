@@ -6,9 +6,8 @@ compiled for a model without a policy would be used, silently, for the same mode
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
 
@@ -21,6 +20,9 @@ from .masked import MaskedLayer
 from .masked import MaskedModule
 from .masked import SiteDropout
 from .masked import masked_class
+from .nearest import by_depth
+from .nearest import by_name
+from .nearest import warn_of_names
 from .nn import PatternSite
 from .patterns import BernoulliPattern
 from .patterns import Pattern
@@ -75,12 +77,16 @@ class AppliedSite:
 def apply_policy(model: nn.Module, policy: Policy, example: Example | None = None) -> list[AppliedSite]:
     """Puts the patterns of a policy at the sites of a model, in place.
 
-    If the names of the policy's sites are those of the model's sites, each site gets the pattern of its name, else that
-    of the nearest site in relative depth (ties to the earlier). A tiled pattern with `residual=True` masks the skip
-    tensor of its residual block too, just before the addition, by a draw of its own. Only the last site of a block can
-    have it: a policy that names the sites is refused if it says otherwise, one that moves by depth loses the flag at
-    other sites. The blocks that can be masked so are `BasicBlock` and `Bottleneck` of torchvision's and timm's ResNets,
-    our `WideBlock`, and those of `autodropout.conventions.register_residual_block`.
+    If the policy names all sites of the model, each gets the pattern of its name, else that of the nearest site in
+    relative depth (ties to the earlier). What wrappers add to the names (`module.` of DDP) does not matter, and the
+    policy may also name modules that the example does not reach. By depth, an encoder and a decoder take from the
+    policy's encoder and decoder where it has both.
+
+    A tiled pattern with `residual=True` masks the skip tensor of its residual block too, just before the addition, by a
+    draw of its own. Only the last site of a block can have it: a policy that names the sites is refused if it says
+    otherwise, one that moves by depth loses the flag at other sites. The blocks that can be masked so are `BasicBlock`
+    and `Bottleneck` of torchvision's and timm's ResNets, our `WideBlock`, and those of
+    `autodropout.conventions.register_residual_block`; what makes their skip tensors has no sites.
 
     A Transformer takes `TokenPattern`s, and `BernoulliPattern`s of cells or samples; a policy moves between
     Transformers place by place. The places are those that the model marks (`PatternSite`), or in models of timm and
@@ -89,7 +95,8 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     The keys of the `state_dict` stay the same, evaluation does what it did, and `deepcopy`, pickling, EMA copies,
     `torch.compile` (before or after), `torch.export`, DDP and FSDP work. `convert_sync_batchnorm` makes new modules:
     convert first. The dropout of a site follows the training flag of its batch normalisation: a frozen one, in
-    evaluation mode, drops nothing.
+    evaluation mode, drops nothing. That of a skip tensor follows the module that makes it, the last of a `Sequential`;
+    where the input itself is added, the block: it drops on while only the normalisations are frozen.
 
     Args:
         model: any module; see `find_sites` for what its sites are.
@@ -105,8 +112,12 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
         TypeError: `model` is no module or `policy` no policy.
         ValueError: the model has no sites of a place of the policy, or has a policy already; a pattern of maps at a
             place of tokens or the other way round; the exact expected rate of a pattern on the map, or in the
-            sequences, of its site is above 0.95 (needs `example`); `residual` where it means nothing. The model is
-            left untouched.
+            sequences, of its site is above 0.95 (needs `example`); `residual` where it means nothing.
+
+        Whatever is raised, the model is left untouched.
+
+    Warns:
+        UserWarning: patterns go by depth though the policy names sites of this model: misspelt, or not all.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -124,22 +135,18 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
         check_kind(source)
     places = [place for place in PLACES if any(site.place == place for site in policy.sites)]
     found = sites_by_place(model, example, places)
-    plan = [
-        (site, pattern)
-        for place in places
-        for site, pattern in plan_place(model, policy, place, found[place], example is not None)
-        if pattern is not None
-    ]
+    plan: list[tuple[ModelSite, Pattern]] = []
+    for place in places:  # no comprehension, which is a frame of its own before Python 3.12: warnings name the caller's
+        of_place = plan_place(model, policy, place, found[place], example is not None)
+        plan += [(site, pattern) for site, pattern in of_place if pattern is not None]
     applied = [checked_site(site, pattern) for site, pattern in plan]
 
-    for site, pattern in plan:
-        module = model.get_submodule(site.target)
-        if site.spot is None:
-            _mask_output(module, pattern)
-        else:
-            _mask_spot(module, site.spot, pattern)
-        if site.block is not None and isinstance(pattern, TiledPattern) and pattern.residual:
-            _mask_skip(model.get_submodule(site.block), pattern)
+    try:
+        for site, pattern in plan:
+            _put_on(model, site, pattern)
+    except BaseException:
+        remove_policy(model)
+        raise
     return applied
 
 
@@ -176,33 +183,23 @@ def plan_place(
     if not targets:
         reached = " that the example reaches" if ran else ""
         raise ValueError(f"model has no sites of place {place!r}{reached}: {type(model).__name__}. {_WHERE[place]}")
-    by_name = {site.name: site for site in sources}
-    exact = by_name.keys() == {target.name for target in targets}
+    named = by_name(sources, targets, model)
     if any(_residual(site.pattern) for site in sources):
-        _check_residual(sources, targets, exact, place)
-    if not exact:
-        _warn_of_near_names(by_name.keys(), {target.name for target in targets}, place)
-    nearest = Policy(sources)
+        _check_residual(sources, targets, named, place)
+    if named is None:
+        warn_of_names(sources, targets, place)
+        patterns = by_depth(sources, targets, place)
+    else:
+        patterns = {name: site.pattern for name, site in named.items()}
     plan = []
     for target in targets:
-        pattern = by_name[target.name].pattern if exact else nearest.pattern_at(target.depth)
+        pattern = patterns[target.name]
         if isinstance(pattern, TiledPattern) and pattern.residual and target.block is None:
             pattern = replace(pattern, residual=False)
         if pattern is not None:
             _check_layout(model.get_submodule(target.target), target, pattern)
         plan.append((target, pattern))
     return plan
-
-
-def _warn_of_near_names(given: Set[str], found: Set[str], place: str) -> None:
-    """As many names, most of them right: what is wrong is a misspelling rather than another model."""
-    wrong, missing = sorted(given - found), sorted(found - given)
-    if len(given) == len(found) > 2 * len(wrong):
-        warnings.warn(
-            f"patterns go by depth, as the policy names the sites of place {place!r} otherwise than the model: "
-            f"{', '.join(wrong)} for {', '.join(missing)}",
-            stacklevel=4,
-        )
 
 
 def check_kind(site: Site) -> None:
@@ -232,21 +229,22 @@ def _residual(pattern: Pattern | None) -> bool:
     return isinstance(pattern, TiledPattern) and pattern.residual
 
 
-def _check_residual(sources: tuple[Site, ...], targets: tuple[ModelSite, ...], exact: bool, place: str) -> None:
+def _check_residual(
+    sources: tuple[Site, ...], targets: tuple[ModelSite, ...], named: Mapping[str, Site] | None, place: str
+) -> None:
     if place != "batch_norm":
         name = next(site.name for site in sources if _residual(site.pattern))
         raise ValueError(f"residual must be False at sites of place {place!r}, got True at {name!r}")
-    ends = {target.name for target in targets if target.block is not None}
-    if not ends:
+    if all(target.block is None for target in targets):
         raise ValueError(
             "residual must be False on this model: it has no residual block of a known kind "
             "(BasicBlock or Bottleneck of torchvision's or timm's ResNets, WideBlock, or what "
             "autodropout.conventions.register_residual_block was told)"
         )
-    if exact:
-        for site in sources:
-            if _residual(site.pattern) and site.name not in ends:
-                raise ValueError(f"residual must be False at {site.name!r}, which does not end a residual block")
+    ends = {target.name for target in targets if target.block is not None}
+    for name, site in ({} if named is None else named).items():
+        if _residual(site.pattern) and name not in ends:
+            raise ValueError(f"residual must be False at {name!r}, which does not end a residual block")
 
 
 def checked_site(site: ModelSite, pattern: Pattern) -> AppliedSite:
@@ -275,6 +273,16 @@ def _checked(site: ModelSite, pattern: Pattern, where: str, rate: float) -> floa
             f"got {rate:.4f}: {pattern!r}"
         )
     return rate
+
+
+def _put_on(model: nn.Module, site: ModelSite, pattern: Pattern) -> None:
+    module = model.get_submodule(site.target)
+    if site.spot is None:
+        _mask_output(module, pattern)
+    else:
+        _mask_spot(module, site.spot, pattern)
+    if site.block is not None and isinstance(pattern, TiledPattern) and pattern.residual:
+        _mask_skip(model.get_submodule(site.block), pattern)
 
 
 def _mask_output(module: nn.Module, pattern: Pattern) -> None:

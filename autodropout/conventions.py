@@ -1,5 +1,5 @@
 """Where the places of a Transformer's layer are in models that do not mark them, by the names of their modules; and
-which blocks of ConvNets have a skip tensor that can be masked.
+what in ConvNets is a shortcut branch, and which blocks have a skip tensor that can be masked.
 
 timm and `transformers` give an attention's projections a few names, over and over: `q_proj, k_proj, v_proj, o_proj`,
 `query, key, value`, `qkv, proj`, ... A module with such children is an attention, one with the two matrices of a
@@ -11,6 +11,7 @@ A model of your own marks its places (`autodropout.nn.PatternSite`), or says whe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,21 @@ FEED_FORWARD = (
 )
 # Called `output`, with a matrix `dense`: the output of the sibling before it (BERT and its many relatives).
 BERT_OUTPUTS = (("self", "output"), ("attention", "output"), ("intermediate", "residual"))
+# Called so, two matrices are no feed-forward part: they see tables of relative positions, or tokens as channels.
+NO_FEED_FORWARD = frozenset({"rel_pos", "shared_rel_pos", "cpb_mlp", "meta_mlp", "mlp_tokens"})
+# Classes whose matrices see (T, N, C), found through the MRO; others do where a sibling is an `nn.MultiheadAttention`
+# of that layout.
+TIME_FIRST = dict.fromkeys(
+    [
+        ("transformers.models.longformer.modeling_longformer", "LongformerSelfAttention"),
+        ("transformers.models.led.modeling_led", "LEDEncoderSelfAttention"),
+        ("transformers.models.fsmt.modeling_fsmt", "Attention"),
+        ("transformers.models.fsmt.modeling_fsmt", "EncoderLayer"),
+        ("transformers.models.fsmt.modeling_fsmt", "DecoderLayer"),
+        ("transformers.models.oneformer.modeling_oneformer", "OneFormerTransformerDecoderFFNLayer"),
+    ],
+    True,
+)
 
 
 # Residual blocks whose skip tensor can be masked just before the addition, and the child that makes that tensor. Found
@@ -65,6 +81,13 @@ SKIP_CHILDREN: dict[tuple[str, str], str] = {
     ("timm.models.resnet", "BasicBlock"): "downsample",
     ("timm.models.resnet", "Bottleneck"): "downsample",
     ("autodropout.reproduce.models.wide_resnet", "WideBlock"): "shortcut",
+}
+# What makes a shortcut in blocks of any kind; `identity` is that of RepVGG, beside its convolutions.
+SHORTCUT_NAMES = frozenset({"downsample", "shortcut", "skip", "identity"})
+# The same by class, where the name alone could be anything.
+SHORTCUT_CHILDREN: dict[tuple[str, str], str] = {
+    ("torchvision.models.regnet", "ResBottleneckBlock"): "proj",
+    ("timm.models.dla", "DlaTree"): "project",
 }
 
 
@@ -79,6 +102,7 @@ class Spot:
             `multi_head_attention_forward` projects.
         layout: of that tensor, if the place is only a part of it.
         matrix: inside, the path in the target of a module that it does not call, but whose weight it gives to `linear`.
+        time_first: whether that tensor is (T, N, C).
     """
 
     place: str
@@ -86,6 +110,7 @@ class Spot:
     where: str = "output"
     layout: QkvLayout | None = None
     matrix: str | None = None
+    time_first: bool = False
 
     @property
     def name(self) -> str:
@@ -155,11 +180,30 @@ def skip_child(block: nn.Module) -> str | None:
     return None
 
 
+def on_shortcut(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module of a ConvNet, or one around it, makes a shortcut: what is added to the main path of a block.
+
+    Args:
+        path: of the module.
+        modules: by path, all of the model.
+    """
+    children = zip(_above(path), path.split("."), strict=False)  # none of the model itself
+    return any(_is_shortcut(modules[parent], child) for parent, child in children)
+
+
+def _is_shortcut(parent: nn.Module, child: str) -> bool:
+    if child in (skip_child(parent), _by_class(parent, SHORTCUT_CHILDREN)):
+        return True
+    # A stage has a `downsample` too, which leads to its blocks.
+    return child in SHORTCUT_NAMES and not (child == "downsample" and "blocks" in dict(parent.named_children()))
+
+
 def find_spots(model: nn.Module) -> Iterator[Spot]:
     """The places that the names of a model's modules promise, module by module; none if it marks its own."""
     modules = dict(model.named_modules())
     if any(isinstance(module, PatternSite) for module in modules.values()):
         return
+    attentions: set[str] = set()
     for path, module in modules.items():
         children = {name for name, child in module.named_children() if not _convolves(child)}
         registered = _by_class(module, _REGISTERED)
@@ -171,13 +215,12 @@ def find_spots(model: nn.Module) -> Iterator[Spot]:
                 yield Spot(place, path, "inside")
             yield Spot("output", path)
             continue
-        yield from _attention(path, module, children)
-        for first, second in FEED_FORWARD:
-            if {first, second} <= children:
-                target = _joined(path, second)
-                yield Spot("feed_forward", target, "input")
-                yield Spot("residual", target)
-                break
+        attention = list(_attention(path, module, children))
+        if attention:
+            attentions.add(path)
+        yield from attention
+        if attentions.isdisjoint(_above(path)) and NO_FEED_FORWARD.isdisjoint(path.split(".")):
+            yield from _feed_forward(path, modules, children)
         for sibling, place in BERT_OUTPUTS:
             if {sibling, "output"} <= children and hasattr(module.get_submodule("output"), "dense"):
                 target = _joined(path, "output.dense")
@@ -188,6 +231,27 @@ def find_spots(model: nn.Module) -> Iterator[Spot]:
                 yield Spot(place, target)
 
 
+def _feed_forward(path: str, modules: dict[str, nn.Module], children: set[str]) -> Iterator[Spot]:
+    pair = next((names for names in FEED_FORWARD if set(names) <= children), None)
+    if pair is None:
+        return
+    # The layer is the module itself (PyTorch's) or the one around it.
+    siblings = [sibling for layer in (*_above(path)[-1:], path) for sibling in modules[layer].children()]
+    time_first = _is_time_first(modules[path]) or any(map(attends_time_first, siblings))
+    target = _joined(path, pair[1])
+    yield Spot("feed_forward", target, "input", time_first=time_first)
+    yield Spot("residual", target, time_first=time_first)
+
+
+def attends_time_first(module: nn.Module) -> bool:
+    """Whether it is an attention of PyTorch, of (T, N, C)."""
+    return isinstance(module, nn.MultiheadAttention) and not module.batch_first
+
+
+def _is_time_first(module: nn.Module) -> bool:
+    return _by_class(module, TIME_FIRST) is not None
+
+
 def _attention(path: str, module: nn.Module, children: set[str]) -> Iterator[Spot]:
     """Whether a projection is called, or its weight given to `linear`, only a run shows: both are promised."""
     projections = _projections(module, children)
@@ -196,8 +260,9 @@ def _attention(path: str, module: nn.Module, children: set[str]) -> Iterator[Spo
     output = next((name for name in OUTPUTS if name in children), None)
     if output is not None:
         projections.append(("output", output, None))
+    time_first = _is_time_first(module)
     for place, child, layout in projections:
-        yield Spot(place, _joined(path, child), layout=layout)
+        yield Spot(place, _joined(path, child), layout=layout, time_first=time_first)
         yield Spot(place, path, "inside", layout, child)
     yield Spot("softmax", path, "inside")
 
@@ -250,6 +315,12 @@ def _check_kind(kind: object) -> None:
 
 def _convolves(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the modules around that one, the nearest last."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:length]) for length in range(len(parts))]
 
 
 def _joined(path: str, child: str) -> str:

@@ -4,7 +4,7 @@ Two places are known in ConvNets (Pham & Le 2021 mask the output of batch normal
 stochastic depth):
 
 - `"batch_norm"`: the output of every `BatchNorm2d` (and subclasses, and `SyncBatchNorm`), before the activation, except
-  on a shortcut branch: a module whose path has a component named `downsample`, `shortcut` or `skip`.
+  on a shortcut branch (`on_shortcut` of conventions.py).
 - `"branch"`: the output of every `nn.Identity` that is called `branch`, the end of a residual branch by the convention
   of `autodropout.reproduce.models.wide_resnet`.
 
@@ -32,7 +32,9 @@ from torch import nn
 
 from .attention_weights import Listener
 from .conventions import Spot
+from .conventions import attends_time_first
 from .conventions import find_spots
+from .conventions import on_shortcut
 from .conventions import skip_child
 from .nn import PatternSite
 from .policy import LAYER_PLACES
@@ -46,7 +48,6 @@ Size = Map | int
 TOKENS = {"NTC": 1, "TNC": 0, "NHTD": 2, "NHQK": 3}
 
 STACKS = ("encoder", "decoder")
-SHORTCUT_NAMES = frozenset({"downsample", "shortcut", "skip"})
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def sites_by_place(
             "modules, and only a run shows which of them do what their names say"
         )
     candidates = {
-        place: {name for name, module in modules.items() if _is_site(name, module, place)}
+        place: {name for name in modules if _is_site(name, modules, place)}
         | {name for name, spot in spots.items() if spot.place == place}
         for place in places
     }
@@ -173,13 +174,13 @@ def _depths(names: Sequence[str], place: str) -> dict[str, float]:
     return depths
 
 
-def _is_site(name: str, module: nn.Module, place: str) -> bool:
-    parts = name.split(".")
+def _is_site(name: str, modules: dict[str, nn.Module], place: str) -> bool:
+    module = modules[name]
     if place == "branch":
-        return parts[-1] == "branch" and isinstance(module, nn.Identity)
+        return name.split(".")[-1] == "branch" and isinstance(module, nn.Identity)
     if place != "batch_norm":
         return isinstance(module, PatternSite) and module.place == place
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and SHORTCUT_NAMES.isdisjoint(parts)
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not on_shortcut(name, modules)
 
 
 def _target(name: str, module: nn.Module) -> str:
@@ -282,7 +283,7 @@ def layout_at(spot: Spot | None, module: nn.Module) -> str:
     """Of the tensor at a spot of a module."""
     if spot is not None and spot.where == "inside":
         return "NHQK" if spot.place == "softmax" else "NTC"
-    return "TNC" if isinstance(module, nn.MultiheadAttention) and not module.batch_first else "NTC"
+    return "TNC" if attends_time_first(module) or (spot is not None and spot.time_first) else "NTC"
 
 
 def spot_weight(model: nn.Module, spot: Spot) -> object:
@@ -298,7 +299,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
     with torch.random.fork_rng(sorted(device.index for device in devices)):
-        model.eval()
+        for module, _ in training:  # not by `eval`, which may do more: a LoRA merges its weights
+            module.training = False
         try:
             yield
         finally:

@@ -115,7 +115,7 @@ MODELS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
         "swinv2_cr_tiny_ns_224": (ALL, ""),
         "tiny_vit_5m_224": ((*MAPS, *ALL), ""),
         "twins_pcpvt_small": (ALL, ""),
-        "mixer_s32_224": (RESIDUAL, "no attention"),
+        "mixer_s32_224": (RESIDUAL, "no attention; what mixes its tokens has channels for tokens and is no place"),
         "gmlp_ti16_224": (RESIDUAL, "no attention"),
         "pvt_v2_b0": (ALL, ""),
     },
@@ -234,7 +234,8 @@ def page() -> str:
         """How one matrix is divided among query, key and value is known class by class (autodropout/qkv_layouts.py), or
         the matrix has a name that means equal thirds; `nn.MultiheadAttention` is taken over while it trains.""",
         """Places are found by the names of modules, and names do not say everything: attention over something else than
-        tokens (XCiT: channels; Longformer: a window around each query) gets the pattern along that dimension.""",
+        tokens (XCiT: channels; Longformer: a window around each query) gets the pattern along that dimension. Where
+        time comes first, (T, N, C), is said in [Transformers](transformers.md).""",
     )
     lines = ["# Models", ""]
     for paragraph in paragraphs:

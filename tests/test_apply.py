@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,11 @@ from applied import TILED
 from applied import assert_same_attributes
 from applied import refused
 from applied import run
+from applied import site_dropouts
 from applied import small
 from applied import snapshot
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from autodropout import AppliedSite
 from autodropout import BernoulliPattern
@@ -44,6 +47,78 @@ def test_names_win_over_depth() -> None:
     assert [(site.name, site.pattern) for site in moved] == [
         (n, p) for n, p in zip(names, reversed(patterns), strict=True) if p
     ]
+
+
+def in_part(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """One group of the model is wrapped, rather than all of it."""
+
+    def wrap_group(model: nn.Module) -> nn.Module:
+        model.group2 = wrap(model.group2)
+        return model
+
+    return wrap_group
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (torch.optim.swa_utils.AveragedModel, "module.group2.0.bn1"),
+        (lambda model: torch.compile(nn.DataParallel(torch.compile(model))), "module._orig_mod.group2.0.bn1"),
+        (in_part(torch.compile), "group2._orig_mod.0.bn1"),
+        (in_part(checkpoint_wrapper), "group2._checkpoint_wrapped_module.0.bn1"),
+    ],
+)
+def test_wrappers_do_not_change_names(wrap: Callable[[nn.Module], nn.Module], name: str) -> None:
+    """The policy's depth is wrong on purpose: only a name takes its pattern to its site."""
+    sites = [replace(site, depth=1 - site.depth, pattern=None) for site in Policy.uniform(None).fit(small()).sites]
+    sites[2] = replace(sites[2], pattern=TILED)
+    assert sites[2].name == "group2.0.bn1"
+    assert [site.name for site in apply_policy(wrap(small()), Policy(tuple(sites)))] == [name]
+    # From a wrapped model to one without.
+    fitted = Policy.uniform(None).fit(wrap(small()), verbose=False)
+    wrapped = Policy(tuple(replace(site, name=of.name) for site, of in zip(sites, fitted.sites, strict=True)))
+    assert [site.name for site in apply_policy(small(), wrapped)] == ["group2.0.bn1"]
+
+
+def test_names_that_differ_by_what_a_wrapper_adds_are_told_apart() -> None:
+    model = nn.ModuleDict({"norm": nn.BatchNorm2d(3), "module": nn.ModuleDict({"norm": nn.BatchNorm2d(3)})})
+    policy = Policy((Site("module.norm", 0.0, pattern=TILED), Site("norm", 1.0, pattern=None)))
+    assert [site.name for site in apply_policy(model, policy)] == ["module.norm"]
+
+
+def test_a_policy_may_name_what_the_example_does_not_reach() -> None:
+    class WithHead(nn.Module):
+        """With an auxiliary head, for training only, registered before its end."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.head = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+            self.middle, self.end = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.start(x)
+            z: torch.Tensor = self.end(self.middle(y))
+            return z + self.head(y) if self.training else z
+
+    patterns = {"start": None, "head.0": TILED, "head.1": TILED, "middle": None, "end": BernoulliPattern(0.1)}
+    fitted = Policy.uniform(None).fit(WithHead(), verbose=False)
+    assert [site.name for site in fitted.sites] == list(patterns)
+    policy = Policy(tuple(replace(site, depth=1 - site.depth, pattern=patterns[site.name]) for site in fitted.sites))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        applied = apply_policy(WithHead(), policy, example=IMAGES)
+    assert [(site.name, site.pattern) for site in applied] == [("end", BernoulliPattern(0.1))]
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(2, ["1"]), (3, ["2"]), (8, ["4", "5", "6", "7"])])
+def test_a_relative_s_policy_moves_by_depth_and_unasked(layers: int, expected: list[str]) -> None:
+    """It has the names of this model, and more or fewer."""
+    fitted = Policy.uniform(None).fit(nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(4))), verbose=False)
+    policy = Policy(tuple(replace(site, pattern=TILED if site.depth > 0.5 else None) for site in fitted.sites))
+    model = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(layers)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [site.name for site in apply_policy(model, policy)] == expected
 
 
 def test_ties_of_depth_go_to_the_earlier_site() -> None:
@@ -112,6 +187,28 @@ def test_names_that_are_nearly_those_of_the_model_are_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         apply_policy(torchvision.models.resnet50(), policy)  # has all of these names, and more
+
+
+@pytest.mark.parametrize("names", [["layer4.1.bn2"], ["module.layer4.1.bn2", "bn0"], ["bn1", "bn2", "layer4.1.bn2"]])
+def test_a_policy_of_some_sites_of_the_model_is_warned_of(names: list[str]) -> None:
+    policy = Policy(tuple(Site(name, 1.0, pattern=TILED) for name in names))
+    model = torchvision.models.resnet18()
+    known = sum("layer" in name or name == "bn1" for name in names)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(apply_policy(model, policy)) == len(site_dropouts(model)) == 17
+    assert [str(warning.message) for warning in caught] == [
+        f"patterns go by depth, as the policy names only {known} of the 17 sites of place 'batch_norm'; one that names "
+        "all of them, with pattern None where nothing is dropped, is applied by name"
+    ]
+    assert caught[0].filename == __file__
+
+
+def test_names_that_are_mostly_another_model_s_are_not_warned_of() -> None:
+    policy = Policy(tuple(Site(name, 1.0, pattern=TILED) for name in ("bn1", "stem", "head")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(apply_policy(torchvision.models.resnet18(), policy)) == 17
 
 
 def test_refuses_a_model_without_sites() -> None:

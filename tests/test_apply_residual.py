@@ -217,3 +217,60 @@ def test_a_block_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
         register_residual_block(3, "skip")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="skip must be the name of an attribute, got 3"):
         register_residual_block(OwnBlock, 3)  # type: ignore[arg-type]
+
+
+def regnet_blocks() -> nn.Module:
+    kind = torchvision.models.regnet.ResBottleneckBlock
+    return nn.Sequential(*(kind(width, 16, 1, nn.BatchNorm2d, nn.ReLU, group_width=8) for width in (3, 16)))
+
+
+def own_blocks() -> nn.Module:
+    """The skip tensor is made last."""
+    blocks = nn.Sequential(OwnBlock(), OwnBlock())
+    blocks[0].projection = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    return blocks
+
+
+@pytest.mark.parametrize("example", [torch.rand(2, 3, 16, 16), None], ids=["example", "blind"])
+@pytest.mark.parametrize(
+    ("make", "skip", "inside", "end"),
+    [(regnet_blocks, "proj", ["f.a.1", "f.b.1"], "f.c.1"), (own_blocks, "projection", [], "norm")],
+)
+def test_what_makes_a_registered_skip_tensor_has_no_sites(
+    make: Any, skip: str, inside: list[str], end: str, example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autodropout.conventions.SKIP_CHILDREN", dict(SKIP_CHILDREN))
+    model = make()
+    register_residual_block(type(model[0]), skip)
+    attributes = snapshot(model)
+    applied = apply_policy(model, Policy.uniform(RESIDUAL), example)
+    names = [f"{block}.{name}" for block in range(2) for name in (*inside, end)]
+    assert [site.name for site in applied] == names
+    assert [site.depth for site in applied] == [i / (len(names) - 1) for i in range(len(names))]
+    assert [site.pattern.residual for site in applied] == [name.endswith(end) for name in names]  # type: ignore[attr-defined]
+    at_skips = {f"0.{skip}.1.pattern_dropout", f"1.{skip}"}
+    assert site_dropouts(model).keys() == {f"{name}.pattern_dropout" for name in names} | at_skips
+    model.train()(torch.rand(2, 3, 16, 16))
+    remove_policy(model)
+    assert_same_attributes(model, attributes)
+
+
+def test_an_exception_half_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autodropout.conventions.SKIP_CHILDREN", dict(SKIP_CHILDREN))
+    register_residual_block(OwnBlock, skip="missing")
+    message = refused(nn.Sequential(nn.BatchNorm2d(3), OwnBlock()), Policy.uniform(RESIDUAL), error=AttributeError)
+    assert "missing" in message
+
+
+def test_masks_of_skip_tensors_follow_the_module_that_makes_them_or_the_block() -> None:
+    model = torchvision.models.resnet18().train()
+    apply_policy(model, Policy.uniform(RESIDUAL))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    dropping = [name for name, dropout in site_dropouts(model).items() if dropout.training]
+    assert dropping == [f"layer{i}.{j}.downsample" for i, j in [(1, 0), (1, 1), (2, 1), (3, 1), (4, 1)]]
+    model.layer1.eval()
+    assert not any(dropout.training for dropout in site_dropouts(model.layer1).values())
+    model.layer2[0].downsample[1].train()
+    assert model.layer2[0].downsample[1].pattern_dropout.training

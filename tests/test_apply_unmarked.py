@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.oneformer.modeling_oneformer import OneFormerTransformerDecoderFFNLayer
 from unmarked import IDS
 from unmarked import MODELS
 from unmarked import PATTERN
 from unmarked import SEEN
+from unmarked import SMALL
 from unmarked import WORDS
 from unmarked import everywhere
 from unmarked import made
@@ -32,9 +36,12 @@ from autodropout import pattern_dropout
 from autodropout import remove_policy
 from autodropout.apply import SiteDropout
 from autodropout.conventions import _REGISTERED
+from autodropout.conventions import find_spots
 from autodropout.conventions import register_places
 from autodropout.policy import TOKEN_PLACES
 from autodropout.sites import find_sites
+from autodropout.sites import layout_at
+from autodropout.sites import sites_by_place
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -198,6 +205,169 @@ def test_encoder_and_decoder_have_depths_of_their_own() -> None:
     ]
     queries = find_sites(made("t5"), MODELS["t5"][1], "query")
     assert [site.depth for site in queries] == [0.0, 1.0, *(i / 5 for i in range(6))]
+
+
+def time_first_layer(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """In PyTorch's layout, which is the default: 7 tokens of 3 samples; of a decoder 5, and 7 of what it attends to."""
+    source, target = torch.randn(7, 3, 16), torch.randn(5, 3, 16)
+    if name == "encoder":
+        return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0), (source,)
+    if name == "decoder":
+        return nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0), (target, source)
+    if name == "nested":
+        return Nested(), (source,)
+    return nn.Transformer(16, 2, 1, 1, 32, dropout=0.0), (source, target)
+
+
+class Nested(nn.Module):
+    """CLIP's layer: the feed-forward part is a module beside the attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(16, 32), gelu=nn.GELU(), c_proj=nn.Linear(32, 16)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(x, x, x)[0]
+        y: torch.Tensor = x + self.mlp(x)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [
+        ("encoder", {"linear2": 7}),
+        ("decoder", {"linear2": 5}),
+        ("nested", {"mlp.c_proj": 7}),
+        ("both", {"encoder.layers.0.linear2": 7, "decoder.layers.0.linear2": 5}),
+    ],
+)
+def test_where_time_comes_first_in_a_layer_it_does_in_its_feed_forward_part(name: str, lengths: dict[str, int]) -> None:
+    model, inputs = time_first_layer(name)
+    places = ("residual", "feed_forward")
+    applied = apply_policy(model.train(), everywhere(PATTERN, places), inputs)
+    assert {site.name: site.length for site in applied} == {
+        f"{path}:{place}": length for path, length in lengths.items() for place in places
+    }
+    for path, length in lengths.items():
+        module = model.get_submodule(path)
+        assert isinstance(module, nn.Linear)
+        x = torch.randn(length, 3, 32)
+        torch.manual_seed(8)
+        y = module(x)
+        torch.manual_seed(8)
+        x = pattern_dropout(x, PATTERN, layout="TNC")
+        assert torch.equal(y, pattern_dropout(F.linear(x, module.weight, module.bias), PATTERN, layout="TNC"))
+    remove_policy(model)
+    with pytest.raises(ValueError, match="shared must be 'none' where the layout is 'TNC', got 'sample' at '.*:resid"):
+        apply_policy(model, everywhere(BernoulliPattern(0.5, "sample"), ("residual",)), inputs)
+
+
+def test_where_samples_come_first_in_a_layer_they_do_in_its_feed_forward_part() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    (site,) = find_sites(layer, torch.randn(3, 7, 16), "residual")
+    assert site.lengths == (7,)
+
+
+def fsmt() -> nn.Module:
+    sizes = {"d_model": 16, "src_vocab_size": 60, "tgt_vocab_size": 60, "max_position_embeddings": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return transformers.FSMTModel(
+        transformers.FSMTConfig(langs=["a", "b"], encoder_layers=1, decoder_layers=1, **sizes, **heads)
+    )
+
+
+def longformer() -> nn.Module:
+    return transformers.LongformerModel(transformers.LongformerConfig(**SMALL, attention_window=4))
+
+
+def led() -> nn.Module:
+    sizes = {"d_model": 16, "vocab_size": 60, "max_encoder_position_embeddings": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return transformers.LEDModel(
+        transformers.LEDConfig(attention_window=4, encoder_layers=1, decoder_layers=1, **sizes, **heads)
+    )
+
+
+def layouts(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, list[tuple[int, str]]]:
+    """By place: tokens and layout of each site."""
+    found = sites_by_place(model, inputs, ("query", "key", "output", "residual"))
+    return {
+        place: [(site.lengths[0], layout_at(site.spot, model.get_submodule(site.target))) for site in sites]
+        for place, sites in found.items()
+    }
+
+
+def test_layouts_of_classes_whose_matrices_see_time_first() -> None:
+    """8 tokens, of a decoder 5, of 2 samples."""
+    words = {"input_ids": torch.arange(16).view(2, 8) + 3}
+    texts = {**words, "decoder_input_ids": words["input_ids"][:, :5]}
+    assert layouts(fsmt(), texts) == {
+        "query": [(8, "TNC"), (5, "TNC"), (5, "TNC")],
+        "key": [(8, "TNC"), (5, "TNC"), (8, "TNC")],
+        "output": [(8, "TNC"), (5, "TNC"), (5, "TNC")],
+        "residual": [(8, "TNC"), (5, "TNC")],
+    }
+    assert layouts(longformer(), words) == {
+        "query": [(8, "TNC"), (8, "TNC")],
+        "key": [(8, "TNC"), (8, "TNC")],
+        "output": [(8, "NTC"), (8, "NTC")],
+        "residual": [(8, "NTC"), (8, "NTC")],
+    }
+    assert layouts(led(), texts) == {
+        "query": [(8, "TNC"), (5, "NTC"), (5, "NTC")],
+        "key": [(8, "TNC"), (5, "NTC"), (8, "NTC")],
+        "output": [(5, "NTC"), (5, "NTC")],
+        "residual": [(8, "NTC"), (5, "NTC")],
+    }
+    spots = list(find_spots(OneFormerTransformerDecoderFFNLayer(16, 32)))  # as its decoder calls it, see there
+    assert [(spot.place, spot.time_first) for spot in spots] == [("feed_forward", True), ("residual", True)]
+
+
+# Of timm: sites of "batch_norm", and the tokens at "residual" and at "query".
+MATRICES_OF_OTHER_THINGS = {
+    "coatnet_rmlp_nano_rw_224": (22, [], []),  # a table of relative positions, in attention by convolutions
+    "maxvit_rmlp_pico_rw_256": (34, [4096] * 4 + [1024] * 4 + [256] * 10 + [64] * 4, [64] * 22),  # in one by matrices
+    "mixer_s32_224": (0, [49] * 8, []),  # tokens as channels
+}
+
+
+@pytest.mark.parametrize("name", MATRICES_OF_OTHER_THINGS)
+def test_what_has_no_tokens_is_no_feed_forward_part(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    image = torch.zeros(1, *model.default_cfg["input_size"], device="meta")
+    found = sites_by_place(model, image, ("batch_norm", "residual", "feed_forward", "query"))
+    tokens = {place: [site.lengths[0] for site in sites] for place, sites in found.items() if place != "batch_norm"}
+    norms, residual, query = MATRICES_OF_OTHER_THINGS[name]
+    assert (len(found["batch_norm"]), tokens) == (
+        norms,
+        {"residual": residual, "feed_forward": residual, "query": query},
+    )
+
+
+def test_two_matrices_inside_an_attention_are_no_feed_forward_part_of_the_layer() -> None:
+    """A table of biases by distance, (T, T, heads), whatever the name of the module that makes it."""
+
+    class Biased(CheckpointsItself):
+        def __init__(self) -> None:
+            super().__init__(reentrant=False)
+            self.biases = nn.Sequential(OrderedDict(fc1=nn.Linear(1, 4), fc2=nn.Linear(4, 2)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.biases(torch.zeros(6, 6, 1)).sum()
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Biased()
+            self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc2(self.fc1(self.attention(x)))
+            return y
+
+    assert [site.name for site in find_sites(Layer(), torch.zeros(2, 6, 8), "residual")] == ["fc2:residual"]
 
 
 def test_it_takes_an_example_to_know_the_places() -> None:

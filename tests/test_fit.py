@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from autodropout.cli import main
 from autodropout.zoo import open_model
 
 EARLY, LATE = TokenPattern(2, 2, rate=0.3), TokenPattern(3, 1, rate=0.4)
+OF_RESIDUAL = Policy((Site("any", 0.0, "residual", EARLY),))
 OF_LAYERS = Policy((Site("first", 0.0, "query", EARLY), Site("last", 1.0, "query", LATE), Site("k", 0.0, "key", None)))
 
 
@@ -34,6 +36,28 @@ def test_encoder_and_decoder_take_the_whole_policy_each() -> None:
     assert [site.pattern for site in queries] == [EARLY, LATE, EARLY, EARLY, EARLY, LATE, LATE, LATE]
     assert [site.name.split(".")[0] for site in queries] == ["encoder"] * 2 + ["decoder"] * 6
     assert {site.pattern for site in fitted.sites if site.place == "key"} == {None}
+
+
+def t5(layers: int) -> nn.Module:
+    return transformers.T5Model(
+        transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=layers, num_heads=2)
+    )
+
+
+def test_from_two_stacks_to_two_each_takes_from_its_own() -> None:
+    """Depths 0, 1/3, 2/3, 1 take from 0 and 1."""
+    example = MODELS["t5"][1]
+    fitted = OF_RESIDUAL.fit(t5(2), example, verbose=False)
+    assert [site.name.split(".")[0] for site in fitted.sites] == ["encoder"] * 2 + ["decoder"] * 2
+    patterns = (None, None, EARLY, LATE)
+    policy = Policy(tuple(replace(site, pattern=pattern) for site, pattern in zip(fitted.sites, patterns, strict=True)))
+    expected = [None] * 4 + [EARLY, EARLY, LATE, LATE]
+    assert [site.pattern for site in policy.fit(t5(4), example, verbose=False).sites] == expected
+    assert [site.pattern for site in apply_policy(t5(4), policy, example)] == expected[4:]
+    # One stack alone takes from all.
+    gpt2, inputs = made("gpt2"), MODELS["gpt2"][1]
+    turned = Policy(tuple(replace(site, depth=site.depth / 2 + (i < 2) / 2) for i, site in enumerate(policy.sites)))
+    assert [site.pattern for site in turned.fit(gpt2, inputs, verbose=False).sites] == [EARLY, None]
 
 
 def test_it_is_what_apply_policy_does() -> None:

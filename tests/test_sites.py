@@ -11,6 +11,8 @@ import torch
 import torchvision
 from torch import nn
 
+from autodropout.conventions import SKIP_CHILDREN
+from autodropout.conventions import register_residual_block
 from autodropout.conventions import skip_child
 from autodropout.reproduce.models.wide_resnet import WideResNet
 from autodropout.sites import ModelSite
@@ -80,6 +82,46 @@ def test_shortcut_branches_are_left_out(name: str, example: torch.Tensor | None)
     assert names(model, example) == [f"{name}s"]
 
 
+# Sites, normalisations on a shortcut; a site; and the end of the name of one that is none.
+SHORTCUTS = [
+    ("torchvision", "regnet_y_400mf", 49, 4, "trunk_output.block1.block1-0.f.b.1", "block1-0.proj.1"),
+    ("timm", "dla46_c", 45, 3, "level2.tree1.bn1", "level2.project.1"),
+    ("timm", "repvgg_a0", 44, 17, "stages.0.1.conv_1x1.bn", "stages.0.1.identity"),
+    ("timm", "fastvit_t8", 46, 24, "stages.1.downsample.proj.0.large_conv.bn", "mixer.identity"),
+    ("timm", "fasternet_t0", 17, 0, "stages.1.downsample.norm", None),
+    ("timm", "hgnet_tiny", 36, 0, "stages.1.downsample.bn", None),
+    ("timm", "inception_next_atto", 16, 0, "stages.1.downsample.0", None),
+    ("timm", "efficientformer_l1", 33, 0, "stages.1.downsample.norm", None),
+    ("timm", "tiny_vit_5m_224", 27, 0, "stages.1.downsample.conv1.bn", None),
+]
+
+
+@pytest.mark.parametrize(("library", "name", "count", "left_out", "site", "shortcut"), SHORTCUTS)
+def test_a_shortcut_is_of_a_block_and_not_of_a_stage(
+    library: str, name: str, count: int, left_out: int, site: str, shortcut: str | None
+) -> None:
+    model = timm.create_model(name) if library == "timm" else torchvision.models.get_model(name)
+    sites = names(model)
+    norms = [path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    rest = set(norms) - set(sites)
+    assert (len(sites), len(rest)) == (count, left_out)
+    assert site in sites
+    assert any(path.endswith(shortcut) for path in rest) if shortcut else not rest
+
+
+def test_a_registered_block_s_skip_tensor_is_a_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main = nn.BatchNorm2d(3)
+            self.around = nn.BatchNorm2d(3)
+
+    monkeypatch.setattr("autodropout.conventions.SKIP_CHILDREN", dict(SKIP_CHILDREN))
+    assert names(Block()) == ["main", "around"]
+    register_residual_block(Block, "around")
+    assert names(Block()) == ["main"]
+
+
 def test_synchronised_normalisation_counts() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(torchvision.models.resnet18())
     assert names(model, IMAGE) == names(torchvision.models.resnet18(), IMAGE)
@@ -137,6 +179,24 @@ def test_nothing_is_changed(fails: bool) -> None:
     assert all(torch.equal(after[key], before[key]) for key in after)
     assert {name: dict(module._forward_hooks) for name, module in model.named_modules()} == hooks
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Merging(nn.Linear):
+    """A LoRA, which adds its product to the weight when evaluation begins, and takes it off when it ends."""
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        with torch.no_grad():
+            self.weight += -1.0 if mode else 1.0
+        return self
+
+
+def test_modules_that_do_more_when_evaluation_begins_are_left_in_peace() -> None:
+    merging = Merging(3, 3)
+    before = merging.weight.clone()
+    assert names(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(2), nn.Linear(1024, 3), merging), IMAGE) == ["0"]
+    assert torch.equal(merging.weight, before)
+    assert merging.training
 
 
 # Sites, last sites of residual blocks. A bottleneck has three normalisations, an EfficientNet block one more than its
