@@ -149,7 +149,8 @@ class Policy:
         - Place by place: what was learned for a query goes to queries. A place that the model lacks is left out.
         - Within a place by relative depth, the position in order of execution from 0 to 1: each site takes the pattern
           of the nearest one of the policy, ties to the earlier. In a Transformer with an encoder and a decoder each of
-          them has depths from 0 to 1, and attention to the encoder's output is one more attention of the decoder.
+          them has depths from 0 to 1 and takes from the policy's own stack of that name, if that has both; attention to
+          the encoder's output is one more attention of the decoder.
         - Lengths of tiled patterns are shares of the map's side and need no change; those of tokens stay tokens.
         - `residual` is lost where it means nothing, see `apply_policy`.
 

@@ -75,9 +75,9 @@ def batch_norm_pattern_relu(
         eps: added to the variance, in [0, 1].
 
     Returns:
-        Tensor with x's shape, dtype and memory format. Dropped cells are 0, whatever x holds. Twice
-        differentiable in x, weight and bias, the second time by the separate operations; forward mode and vmap are
-        refused.
+        Tensor with x's shape, dtype and memory format. Dropped cells are 0, whatever x holds. Twice differentiable in
+        x, weight and bias, the second time by the separate operations, and not by `torch.func`; forward mode and vmap
+        are refused.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed. Also for one value a channel, of
