@@ -246,10 +246,9 @@ def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
     """Runs it without autocast, which stays on inside an op and would make its products 16-bit ones."""
 
     @wraps(function)
-    def run(first: Any, *others: Any) -> Any:
-        device = next(x for x in (first, *others) if isinstance(x, torch.Tensor)).device.type
-        with torch.autocast(device, enabled=False):
-            return function(first, *others)
+    def run(x: torch.Tensor, *others: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *others)
 
     return run
 
@@ -336,13 +335,12 @@ def _backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-@_as_written
 def _second_backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The gradient of the gradients, by the separate operations, which are differentiable further."""
     further = torch.is_grad_enabled()
     grad, q, k, v, fields, seed, scale = ctx.saved_tensors
     factor, causal, share_t, share_c, rank, _ = ctx.rest
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         # Views, because one tensor may be here twice.
         leaves = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (grad, q, k, v)]
         scores = leaves[1] @ leaves[2].transpose(-1, -2) * factor
