@@ -18,6 +18,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -128,19 +129,41 @@ def run(one: Callable[..., Any], several: Callable[..., Any], parts: int, size: 
         # Also in a data loader's worker, a fork in which OpenMP must not run: PyTorch gives it one thread.
         one(*arguments, 0, parts)
         return
-    import numba
-
     with _ONE_LOOP:
-        of_torch = torch.get_num_threads()
-        before = numba.get_num_threads()
-        # The first time it starts Numba's threads, and with them sets the number of the OpenMP that PyTorch uses.
-        if torch.get_num_threads() != of_torch:
-            torch.set_num_threads(of_torch)
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        of_numba = _threads_of_numba()
+        before = of_numba.get()
+        of_numba.set(min(threads, of_numba.most))
         try:
             several(*arguments, threads)
         finally:
-            numba.set_num_threads(before)
+            of_numba.set(before)
+
+
+class _Threads(NamedTuple):
+    """Reads and sets the number of threads of the loops that this Python thread starts, and the largest allowed."""
+
+    get: Callable[[], int]
+    set: Callable[[int], object]
+    most: int
+
+
+@lru_cache(maxsize=1)
+def _threads_of_numba() -> _Threads:
+    """What `numba.get_num_threads` and `numba.set_num_threads` call.
+
+    Before, each takes two locks, one of them between processes, in case Numba's threads must be started first: 0.1 ms a
+    call of `run` where other work has emptied the cache (docs/cpu-speed.md).
+    """
+    import numba
+    from numba.np.ufunc import parallel
+
+    of_torch = torch.get_num_threads()
+    numba.get_num_threads()  # starts them, and with them sets the number of the OpenMP that PyTorch uses
+    if torch.get_num_threads() != of_torch:
+        torch.set_num_threads(of_torch)
+    get = getattr(parallel, "_get_num_threads", numba.get_num_threads)
+    set_to = getattr(parallel, "_set_num_threads", numba.set_num_threads)
+    return _Threads(get, set_to, numba.config.NUMBA_NUM_THREADS)
 
 
 def is_dense(x: torch.Tensor) -> bool:
