@@ -33,6 +33,7 @@ from .checks import check_activation
 from .checks import check_choice
 from .checks import check_fields
 from .checks import check_flag
+from .devices import HAS_TRITON
 from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import compute_type
@@ -41,10 +42,10 @@ from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
 from .token import FIELDS
-from .token import HAS_TRITON
 from .token import _spans
 from .token import check_values
 from .token import read_fields
+from .token import scale_of
 from .with_backward import Op
 from .with_backward import register_with_backward
 
@@ -107,9 +108,7 @@ def token_attention(
     factor = _factor(scale, q.shape[3])
     use_triton = _use_triton(q, implementation)
     seed, rank = as_seed(seed, q.device), as_rank(rank)
-    of_mask = torch.ops.autodropout.token_scale(
-        fields, seed, q.shape[0], keys, q.shape[1] * queries, share_t, share_c, normalize, rank
-    )
+    of_mask = scale_of(fields, seed, q.shape[0], keys, q.shape[1] * queries, share_t, share_c, normalize, rank)
     out: torch.Tensor = _op(q, k, v, fields, seed, of_mask, factor, causal, share_t, share_c, rank, use_triton)[0]
     return out
 

@@ -32,10 +32,10 @@ from .checks import check_maps
 from .checks import check_real
 from .compiled import has_numba
 from .compiled import is_dense
+from .devices import triton_runs_on
 from .masking import compute_type
 from .placements import place
 from .seeds import Seed
-from .tiled import HAS_TRITON
 from .tiled import kept_windows
 from .with_backward import Op
 from .with_backward import register_with_backward
@@ -156,7 +156,7 @@ def _forward(
     if x.numel() == 0:
         zeros = torch.zeros_like(weight)
         return torch.empty_like(x), zeros, zeros.clone(), zeros.clone()
-    if x.device.type == "cuda" and HAS_TRITON:
+    if triton_runs_on(x.device):
         from . import batch_norm_triton
 
         with torch.cuda.device(x.device):
@@ -289,7 +289,7 @@ def _backward(
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
     if x.numel() == 0:
         return torch.empty_like(x), dweight.to(types[0]), dbias.to(types[1])
-    if x.device.type == "cuda" and HAS_TRITON:
+    if triton_runs_on(x.device):
         from . import batch_norm_triton
 
         with torch.cuda.device(x.device):

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 
@@ -36,6 +35,7 @@ from .checks import check_choice
 from .checks import check_fields
 from .checks import check_real
 from .compiled import has_numba
+from .devices import triton_runs_on
 from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import scale_of_counts
@@ -48,9 +48,6 @@ from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
 from .self_adjoint import register_self_adjoint
-
-# Looked up, not imported: Triton is only needed on a GPU, and does not exist on every system.
-HAS_TRITON = find_spec("triton") is not None
 
 SHARED = ("none", "map", "sample")
 
@@ -97,7 +94,7 @@ def bernoulli_dropout(
         fields = torch.tensor([check_real("rate", fields, 0, 1)], dtype=torch.float64, device="cpu")
     seed = as_seed(seed, x.device)
     rank = as_rank(rank)
-    scale = torch.ops.autodropout.bernoulli_scale(fields, seed, x.shape, bits, normalize, rank)
+    scale = _scale_of(fields, seed, x.shape, bits, normalize, rank)
     return _differentiable(x, fields, seed, scale, bits, rank)
 
 
@@ -182,7 +179,7 @@ def _scale(
         size = math.prod(shape)
         samples = 1 if 0 in shared else shape[0]
         decisions = math.prod(side for dim, side in enumerate(shape) if dim not in shared)
-        if size and _triton_runs_on(seed.device):
+        if size and triton_runs_on(seed.device):
             from . import bernoulli_triton
 
             with torch.cuda.device(seed.device):  # Triton launches on the current device
@@ -213,7 +210,7 @@ def _apply(
         return torch.empty_like(x)
     if rate == 1:
         return torch.zeros_like(x)
-    if _triton_runs_on(x.device):
+    if triton_runs_on(x.device):
         from . import bernoulli_triton
 
         with torch.cuda.device(x.device):
@@ -238,11 +235,7 @@ def _write(y: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, dropped: torch
         write_masked(y[box], x[box], scale, dropped[of_mask])
 
 
-def _triton_runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and HAS_TRITON
-
-
-register_op(
+_scale_of = register_op(
     "bernoulli_scale(Tensor fields, Tensor seed, SymInt[] shape, int shared, str normalize, SymInt rank) -> Tensor",
     _scale,
     lambda fields, seed, shape, shared, normalize, rank: seed.new_empty((), dtype=torch.float64),

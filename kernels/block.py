@@ -32,7 +32,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 from typing import NamedTuple
 
@@ -47,6 +46,7 @@ from .checks import check_maps
 from .checks import check_real
 from .compiled import has_numba
 from .compiled import is_dense
+from .devices import triton_runs_on
 from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import compute_type
@@ -61,9 +61,6 @@ from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
 from .self_adjoint import register_self_adjoint
-
-# Looked up, not imported: Triton is only needed on a GPU, and does not exist on every system.
-HAS_TRITON = find_spec("triton") is not None
 
 FIELDS = ("rate", "block_size")
 MAX_RATE = 0.95
@@ -131,7 +128,7 @@ def block_dropout(
         fields = torch.tensor(check_values(*fields), dtype=torch.float64, device="cpu")
     seed = as_seed(seed, x.device)
     rank = as_rank(rank)
-    scale = torch.ops.autodropout.block_scale(fields, seed, x.shape, share_c, normalize, rank)
+    scale = _scale_of(fields, seed, x.shape, share_c, normalize, rank)
     return _differentiable(x, fields, seed, scale, share_c, rank)
 
 
@@ -339,7 +336,7 @@ def _scale(
         size = math.prod(shape)
         if size:
             blocks = geometry(rate, block_size, shape[2], shape[3])
-            if _triton_runs_on(seed.device):
+            if triton_runs_on(seed.device):
                 from . import block_triton
 
                 n, c, height, width = shape
@@ -367,7 +364,7 @@ def _apply(
         return y
     H, W = x.shape[2:]
     blocks = geometry(rate, block_size, H, W)
-    if _triton_runs_on(x.device):
+    if triton_runs_on(x.device):
         from . import block_triton
 
         with torch.cuda.device(x.device):
@@ -407,11 +404,7 @@ def _apply_sparse(
             runs.index_fill_(0, (corner[first : first + at_once, None] + rows).reshape(-1), 0.0)
 
 
-def _triton_runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and HAS_TRITON
-
-
-register_op(
+_scale_of = register_op(
     "block_scale(Tensor fields, Tensor seed, SymInt[] shape, bool share_c, str normalize, SymInt rank) -> Tensor",
     _scale,
     lambda fields, seed, shape, share_c, normalize, rank: seed.new_empty((), dtype=torch.float64),

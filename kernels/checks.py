@@ -29,11 +29,12 @@ def check_maps(x: torch.Tensor) -> None:
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Refuses a string argument that is none of `allowed`: ValueError, or TypeError if it is no string."""
+    if isinstance(value, str) and value in allowed:
+        return
     stated = " or ".join(repr(choice) for choice in allowed)
     if not isinstance(value, str):
         raise TypeError(f"{name} must be {stated}, got {value!r} of type {type(value).__name__}")
-    if value not in allowed:
-        raise ValueError(f"{name} must be {stated}, got {value!r}")
+    raise ValueError(f"{name} must be {stated}, got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:

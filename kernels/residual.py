@@ -26,6 +26,7 @@ from .bernoulli import bernoulli_dropout
 from .checks import check_activation
 from .checks import check_maps
 from .compiled import has_numba
+from .devices import triton_runs_on
 from .masking import compute_type
 from .masking import is_finite
 from .placements import place
@@ -33,7 +34,6 @@ from .registration import register_op
 from .seeds import Seed
 from .self_adjoint import Apply
 from .self_adjoint import register_self_adjoint
-from .tiled import HAS_TRITON
 
 # Cells whose masked product is in memory at a time: 1 MB in fp32.
 BLOCK_CELLS = 1 << 18
@@ -140,7 +140,7 @@ def _add_scaled_samples(x: torch.Tensor, residual: torch.Tensor, factor: torch.T
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    if x.device.type == "cuda" and HAS_TRITON:
+    if triton_runs_on(x.device):
         from . import residual_triton
 
         with torch.cuda.device(x.device):
@@ -163,7 +163,7 @@ def _add_tiled(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    if x.device.type == "cuda" and HAS_TRITON:
+    if triton_runs_on(x.device):
         from . import residual_triton
 
         with torch.cuda.device(x.device):
@@ -200,10 +200,6 @@ def _register_add(schema: str, implementation: Callable[..., torch.Tensor], mask
         The op as a function of the same arguments, which `torch.func`, forward mode and torch.compile differentiate.
     """
     name = schema.partition("(")[0]
-
-    def op(*args: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = getattr(torch.ops.autodropout, name)(*args)
-        return y
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[2:])
@@ -256,9 +252,10 @@ def _register_add(schema: str, implementation: Callable[..., torch.Tensor], mask
         if forward_ad._current_level >= 0:
             # Dynamo leaves the graph here, and raises if it must not. Going on would give zeros.
             raise RuntimeError(f"{name} has no forward-mode derivative inside torch.compile")
-        return op(*args)
+        y = getattr(torch.ops.autodropout, name)(*args)
+        return y
 
-    register_op(
+    op = register_op(
         schema,
         implementation,
         lambda x, *others: torch.empty_like(x),

@@ -36,10 +36,6 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
     name = schema.partition("(")[0]
     over_batch = over_batch or _element_by_element
 
-    def op(*args: Any) -> torch.Tensor:
-        y: torch.Tensor = getattr(torch.ops.autodropout, name)(*args)
-        return y
-
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> list[torch.Tensor]:
         tensors = [other for other in inputs[1:] if isinstance(other, torch.Tensor)]
         ctx.save_for_backward(*tensors)
@@ -57,6 +53,10 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
             )
         return over_batch(apply, x.movedim(in_dims[0], 0), *others), 0
 
+    def traced(*args: Any) -> torch.Tensor:
+        y: torch.Tensor = getattr(torch.ops.autodropout, name)(*args)
+        return y
+
     def apply(*args: Any) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             if _is_constant(args[0]):
@@ -66,7 +66,7 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
         if forward_ad._current_level >= 0:
             # Dynamo leaves the graph here, and raises if it must not. Going on would give zeros.
             raise RuntimeError(f"{name} has no forward-mode derivative inside torch.compile")
-        return op(*args)
+        return traced(*args)
 
     class _Eager(torch.autograd.Function):
         @staticmethod
@@ -89,13 +89,13 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
             return vmap(apply, in_dims, *args)
 
-    register_op(
+    op = register_op(
         schema,
         implementation,
         lambda x, *others: torch.empty_like(x),
         setup_context=save,
-        backward=lambda ctx, grad: backward(ctx, op, grad),
-        vmap=lambda info, in_dims, *args: vmap(op, in_dims, *args),
+        backward=lambda ctx, grad: backward(ctx, traced, grad),
+        vmap=lambda info, in_dims, *args: vmap(traced, in_dims, *args),
     )
 
     return apply

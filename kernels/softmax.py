@@ -26,13 +26,14 @@ from .checks import check_activation
 from .checks import check_choice
 from .checks import check_fields
 from .checks import check_flag
+from .devices import triton_runs_on
 from .masking import compute_type
 from .seeds import Seed
 from .seeds import as_rank
 from .seeds import as_seed
 from .token import FIELDS
-from .token import HAS_TRITON
 from .token import check_values
+from .token import scale_of
 from .token import sides_of
 from .with_backward import Op
 from .with_backward import register_with_backward
@@ -79,7 +80,7 @@ def softmax_token_dropout(
         fields = torch.tensor(check_values(*fields), dtype=torch.float64, device="cpu")
     seed, rank = as_seed(seed, x.device), as_rank(rank)
     sides = sides_of(x.shape, LAYOUT)
-    scale = torch.ops.autodropout.token_scale(fields, seed, *sides, share_t, share_c, normalize, rank)
+    scale = scale_of(fields, seed, *sides, share_t, share_c, normalize, rank)
     y: torch.Tensor = _op(x, fields, seed, scale, share_t, share_c, rank)[0]
     return y
 
@@ -88,7 +89,7 @@ def softmax_token_dropout(
 
 
 def _fits(scores: torch.Tensor) -> bool:
-    return scores.device.type == "cuda" and HAS_TRITON and scores.shape[3] <= LONGEST
+    return triton_runs_on(scores.device) and scores.shape[3] <= LONGEST
 
 
 def _forward(

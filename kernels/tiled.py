@@ -18,43 +18,22 @@ twin below.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 
 from .atlas import Atlas
 from .atlas import atlas_of
-from .atlas import check_atlas_fields
-from .checks import NORMALIZE
 from .checks import check_activation
-from .checks import check_choice
-from .checks import check_flag
 from .compiled import has_numba
 from .compiled import is_dense
+from .devices import triton_runs_on
 from .masking import compute_type
 from .masking import is_finite
-from .masking import scale_of_counts
-from .masking import scale_of_mask
-from .philox import below
-from .philox import philox
-from .placements import stated
-from .registration import register_op
+from .placements import place
 from .seeds import Seed
-from .seeds import as_rank
-from .seeds import as_seed
 from .self_adjoint import Apply
 from .self_adjoint import register_self_adjoint
-
-# Looked up, not imported: Triton is only needed on a GPU, and does not exist on every system.
-HAS_TRITON = find_spec("triton") is not None
-
-# Planes placed at a time: as many as PyTorch takes without a second thread, below 32,768. On free cores two threads
-# save up to a millisecond for 81,920 planes; where other programs use the cores they wait for each other in each of the
-# 80 short operations of Philox, and 40,960 planes took 205 ms instead of 3.5 (docs/cpu-speed.md).
-PLACED_AT_ONCE = (1 << 15) - 1
 
 # Cells of mask in memory at a time where they cannot be gathered into the output: so many, or one in 64 of a large
 # output.
@@ -98,86 +77,7 @@ def tiled_dropout(
     check_activation(x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must have 4 dimensions (N, C, H, W) or 3 (N, C, L), got shape {tuple(x.shape)}")
-    check_choice("normalize", normalize, NORMALIZE)
-    check_flag("share_c", share_c)
-    n, c, *sides = x.shape
-    if isinstance(atlas, torch.Tensor):
-        fields = atlas
-    # Not by its class: imported as `kernels` and as `autodropout.kernels`, this folder has two of that name.
-    elif all(hasattr(atlas, name) for name in ("fields", "sides")):
-        if atlas.sides != tuple(sides):
-            raise ValueError(f"atlas must be of x's {stated(sides)}, got one of a {stated(atlas.sides)}")
-        fields = atlas.fields
-    else:
-        raise TypeError(f"atlas must be an Atlas or a tensor of fields, got {type(atlas).__name__}")
-    check_atlas_fields(fields)
-    seed, rank = as_seed(seed, x.device), as_rank(rank)
-    starts, scale = torch.ops.autodropout.tiled_draw(fields, seed, n, c, sides, share_c, normalize, rank)
-    return _differentiable(x, fields, starts, scale)
-
-
-# ---- draw: placements and scale ------------------------------------------------------------------------------------
-
-
-def _draw(
-    fields: torch.Tensor,
-    seed: torch.Tensor,
-    n: int,
-    c: int,
-    sides: Sequence[int],
-    share_c: bool,
-    normalize: str,
-    rank: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    planes = 1 if share_c else c
-    if n * planes * math.prod(sides) == 0:
-        starts = torch.zeros((n, planes), dtype=torch.int32, device=seed.device)
-        return starts, torch.ones((), dtype=torch.float64, device=seed.device)
-    atlas = atlas_of(fields, sides)
-    h, w = atlas.height, atlas.width
-    if _triton_runs_on(seed.device):
-        from . import tiled_triton
-
-        with torch.cuda.device(seed.device):  # Triton launches on the current device
-            return tiled_triton.draw(seed, n, c, atlas, share_c, normalize, rank)
-    if seed.device.type == "cpu" and has_numba():
-        from . import tiled_numba
-
-        starts, dropped = tiled_numba.place(n, planes, atlas, int(seed), rank)
-        of_mask = scale_of_counts(starts.numel() * h * w, dropped)
-        scale = of_mask if normalize == "mask" else fixed_scale(atlas, normalize)
-        return starts, torch.tensor(scale, dtype=torch.float64, device=seed.device)
-    starts = torch.empty((n, planes), dtype=torch.int32, device=seed.device)
-    at_once = max(1, PLACED_AT_ONCE // planes)
-    channels = torch.arange(planes, device=seed.device)
-    for first in range(0, n, at_once):
-        samples = torch.arange(first, min(n, first + at_once), device=seed.device)
-        w0, w1, _, _ = philox(channels[None, :], 0, samples[:, None], rank, seed)
-        starts[first : first + at_once] = window_start(below(w0, h), below(w1, w), h)
-    return starts, _scale(atlas, starts, normalize)
-
-
-def window_start(cy: torch.Tensor, cx: torch.Tensor, height: int) -> torch.Tensor:
-    """What `tiled_apply` calls a start: the placement (cy, cx) as the row of the mask table, in [0, W * (2H-1))."""
-    return cx * (2 * height - 1) + (height - 1 - cy)
-
-
-def _scale(atlas: Atlas, starts: torch.Tensor, normalize: str) -> torch.Tensor:
-    """The float64 quotient of integers that method and `normalize` ask for; 0 if nothing is kept."""
-    if normalize != "mask":
-        return torch.full((), fixed_scale(atlas, normalize), dtype=torch.float64, device=starts.device)
-    dropped = atlas.counts_by_start.to(starts.device).index_select(0, starts.reshape(-1)).sum()
-    size = starts.numel() * atlas.height * atlas.width
-    return scale_of_mask(size, size - dropped)
-
-
-def fixed_scale(atlas: Atlas, normalize: str) -> float:
-    """The scale that needs no placements: "expected" or "none"."""
-    if normalize == "none":
-        return 1.0
-    cells = (atlas.height * atlas.width) ** 2
-    kept = cells - atlas.expected_dropped
-    return cells / kept if kept else 0.0
+    return _differentiable(x, *place(x, atlas, seed, share_c, normalize, rank))
 
 
 # ---- apply: the masked product -------------------------------------------------------------------------------------
@@ -193,7 +93,7 @@ def _apply(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: t
 
 
 def _apply_on_maps(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    if _triton_runs_on(x.device):
+    if triton_runs_on(x.device):
         from . import tiled_triton
 
         with torch.cuda.device(x.device):
@@ -290,25 +190,7 @@ def _mask_planes(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.T
             torch.mul(x[plane], window, out=y[plane])
 
 
-def _triton_runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and HAS_TRITON
-
-
 # ---- registration --------------------------------------------------------------------------------------------------
-
-
-def _draw_fake(
-    fields: torch.Tensor,
-    seed: torch.Tensor,
-    n: int,
-    c: int,
-    sides: Sequence[int],
-    share_c: bool,
-    normalize: str,
-    rank: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    starts = torch.empty((n, 1 if share_c else c), dtype=torch.int32, device=seed.device)
-    return starts, torch.empty((), dtype=torch.float64, device=seed.device)
 
 
 def _over_batch(
@@ -318,12 +200,6 @@ def _over_batch(
     return apply(x.flatten(0, 1), fields, starts.repeat(x.shape[0], 1), scale).view(x.shape)
 
 
-register_op(
-    "tiled_draw(Tensor fields, Tensor seed, SymInt n, SymInt c, SymInt[] sides, bool share_c, str normalize, "
-    "SymInt rank) -> (Tensor, Tensor)",
-    _draw,
-    _draw_fake,
-)
 _differentiable = register_self_adjoint(
     "tiled_apply(Tensor x, Tensor fields, Tensor starts, Tensor scale) -> Tensor",
     _apply,

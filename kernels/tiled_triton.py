@@ -335,7 +335,7 @@ def draw(
     seed: torch.Tensor, n: int, c: int, atlas: Atlas, share_c: bool, normalize: str, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Placements as int32 (n, 1 or c) and the scale as a 0-d float64 tensor, both on the device of seed."""
-    from .tiled import fixed_scale
+    from .placements import fixed_scale
 
     device = seed.device
     channels = 1 if share_c else c

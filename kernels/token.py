@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 
@@ -32,6 +31,7 @@ from .checks import check_fields
 from .checks import check_flag
 from .checks import check_real
 from .compiled import has_numba
+from .devices import triton_runs_on
 from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import scale_of_counts
@@ -55,9 +55,6 @@ LAYOUTS: dict[str, tuple[int, int, int | None, int]] = {
     "NHTD": (0, 2, 1, 3),
     "NHQK": (0, 3, 1, 2),
 }
-
-# Looked up, not imported: Triton is only needed on a GPU, and does not exist on every system.
-HAS_TRITON = find_spec("triton") is not None
 
 
 def token_dropout(
@@ -112,9 +109,7 @@ def token_dropout(
         fields = torch.tensor(check_values(*fields), dtype=torch.float64, device="cpu")
     seed = as_seed(seed, x.device)
     rank = as_rank(rank)
-    scale = torch.ops.autodropout.token_scale(
-        fields, seed, *sides_of(x.shape, layout), share_t, share_c, normalize, rank
-    )
+    scale = scale_of(fields, seed, *sides_of(x.shape, layout), share_t, share_c, normalize, rank)
     return _differentiable(x, fields, seed, scale, layout, share_t, share_c, rank)
 
 
@@ -270,7 +265,7 @@ def _scale(
     read_fields(fields)  # also where nothing is read from them, so that bad ones are always refused
     if normalize != "mask" or N * T * C == 0:
         return torch.full((), fixed_scale(fields, T, normalize), dtype=torch.float64, device=seed.device)
-    if _triton_runs_on(seed.device):
+    if triton_runs_on(seed.device):
         from . import token_triton
 
         with torch.cuda.device(seed.device):  # Triton launches on the current device
@@ -304,7 +299,7 @@ def _apply(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    if _triton_runs_on(x.device):
+    if triton_runs_on(x.device):
         from . import token_triton
 
         with torch.cuda.device(x.device):
@@ -332,13 +327,9 @@ def _apply(
     return y
 
 
-def _triton_runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and HAS_TRITON
-
-
 # ---- registration --------------------------------------------------------------------------------------------------
 
-register_op(
+scale_of = register_op(
     "token_scale(Tensor fields, Tensor seed, SymInt n, SymInt t, SymInt c, bool share_t, bool share_c, str normalize, "
     "SymInt rank) -> Tensor",
     _scale,

@@ -58,7 +58,7 @@ def register_with_backward(
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return call(*args)
+            return without_derivative(*args)
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
@@ -72,13 +72,13 @@ def register_with_backward(
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return call_backward(*args)
+            return backward_without_derivative(*args)
 
     def traced(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
         return differentiated(ctx, call_backward, grad)
 
-    register_op(*forward[:3], setup_context=save, backward=traced)
-    register_op(*backward[:3], setup_context=save_for_second, backward=second_backward)
+    without_derivative = register_op(*forward[:3], setup_context=save, backward=traced)
+    backward_without_derivative = register_op(*backward[:3], setup_context=save_for_second, backward=second_backward)
 
     def op(*args: Any) -> Any:
         if not torch.compiler.is_compiling():

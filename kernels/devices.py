@@ -1,0 +1,14 @@
+"""Which tensors the Triton kernels take."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+# Looked up, not imported: Triton is only needed on a GPU, and does not exist on every system.
+HAS_TRITON = find_spec("triton") is not None
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    return device.type == "cuda" and HAS_TRITON
