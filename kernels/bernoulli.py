@@ -38,6 +38,7 @@ from .compiled import has_numba
 from .devices import triton_runs_on
 from .masking import SLICE_CELLS
 from .masking import boxes
+from .masking import host_scalar
 from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .masking import write_masked
@@ -191,7 +192,7 @@ def _scale(
 
             counted = bernoulli_numba.dropped_of(samples, decisions // samples, threshold_of(rate), int(seed), rank)
             scale = scale_of_counts(decisions, counted)
-            return torch.tensor(scale, dtype=torch.float64, device=seed.device)
+            return host_scalar(scale)
         dropped = torch.zeros((), dtype=torch.int64, device=seed.device)
         if size:
             for _, part in _dropped(shape, rate, seed, shared, rank):

@@ -50,6 +50,7 @@ from .devices import triton_runs_on
 from .masking import SLICE_CELLS
 from .masking import boxes
 from .masking import compute_type
+from .masking import host_scalar
 from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .masking import write_masked
@@ -346,7 +347,7 @@ def _scale(
                 from . import block_numba
 
                 counted = block_numba.count_dropped(shape, blocks, int(seed), share_c, rank)
-                return torch.tensor(scale_of_counts(size, counted), dtype=torch.float64, device=seed.device)
+                return host_scalar(scale_of_counts(size, counted))
             for _, part in _dropped(shape, blocks, seed, share_c, rank):
                 dropped += torch.count_nonzero(part)
         return scale_of_mask(size, size - dropped * (shape[1] if share_c else 1))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from itertools import product
 
+import numpy as np
 import torch
 
 # Cells masked at a time. The six int64 buffers of Philox then take 3 MB, few enough to stay in a cache.
@@ -34,6 +35,11 @@ def scale_of_mask(size: int, kept: torch.Tensor) -> torch.Tensor:
     total = torch.full((), size, dtype=torch.float64, device=kept.device)
     # torch.div of two tensors: `int / tensor` is a reciprocal and a product, rounded twice.
     return torch.where(kept > 0, torch.div(total, kept.to(torch.float64)), 0.0)
+
+
+def host_scalar(value: float) -> torch.Tensor:
+    """A 0-d float64 tensor of the CPU, in a fifth of the time that `torch.tensor` takes."""
+    return torch.from_numpy(np.array(value, dtype=np.float64))
 
 
 def scale_of_counts(size: int, dropped: int) -> float:

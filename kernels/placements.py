@@ -19,6 +19,7 @@ from .checks import check_choice
 from .checks import check_flag
 from .compiled import has_numba
 from .devices import triton_runs_on
+from .masking import host_scalar
 from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .philox import below
@@ -53,6 +54,7 @@ def place(
     check_flag("share_c", share_c)
     n, c, *sides = x.shape
     if isinstance(atlas, torch.Tensor):
+        check_atlas_fields(atlas)
         fields = atlas
     # Not by its class: imported as `kernels` and as `autodropout.kernels`, this folder has two of that name.
     elif all(hasattr(atlas, name) for name in ("fields", "sides")):
@@ -61,7 +63,6 @@ def place(
         fields = atlas.fields
     else:
         raise TypeError(f"atlas must be an Atlas or a tensor of fields, got {type(atlas).__name__}")
-    check_atlas_fields(fields)
     seed, rank = as_seed(seed, x.device), as_rank(rank)
     starts, scale = _drawn(fields, seed, n, c, sides, share_c, normalize, rank)
     return fields, starts, scale
@@ -94,7 +95,7 @@ def _draw(
         starts, dropped = tiled_numba.place(n, planes, atlas, int(seed), rank)
         of_mask = scale_of_counts(starts.numel() * h * w, dropped)
         scale = of_mask if normalize == "mask" else fixed_scale(atlas, normalize)
-        return starts, torch.tensor(scale, dtype=torch.float64, device=seed.device)
+        return starts, host_scalar(scale)
     starts = torch.empty((n, planes), dtype=torch.int32, device=seed.device)
     at_once = max(1, PLACED_AT_ONCE // planes)
     channels = torch.arange(planes, device=seed.device)

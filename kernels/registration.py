@@ -2,19 +2,17 @@
 
 The folder can be imported under two names, `autodropout.kernels` when installed and `kernels` inside a checkout. Both
 must reach the same ops, so the second import finds them registered and leaves them alone.
-
-PyTorch's dispatcher is what modes, transforms, profilers and compilers see an op through. On the CPU it takes a third
-of the time of a call, so where nobody looks on, an op is its implementation (docs/cpu-speed.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import torch
+
+from .unwatched import is_unwatched
 
 _LIBRARY = torch.library.Library("autodropout", "FRAGMENT")
 
@@ -42,9 +40,7 @@ def register_op(
         _register(schema, implementation, fake, setup_context, backward, vmap, tags)
 
     def op(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and _is_unwatched(args):
-            return implementation(*args)
-        return getattr(torch.ops.autodropout, name)(*args)
+        return implementation(*args) if is_unwatched(args) else getattr(torch.ops.autodropout, name)(*args)
 
     return op
 
@@ -68,26 +64,3 @@ def _register(
         torch.library.register_autograd(f"autodropout::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(f"autodropout::{name}", vmap, lib=_LIBRARY)
-
-
-def _key_set(*names: str) -> object:
-    keys = [getattr(torch._C.DispatchKey, name) for name in names]
-    return reduce(lambda key_set, key: key_set.add(key), keys[1:], torch._C.DispatchKeySet(keys[0]))
-
-
-# What an ordinary tensor of the CPU has, and a thread in which no mode, transform or tracer is on.
-_OF_TENSOR = _key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
-_OF_THREAD = _key_set("BackendSelect", "ADInplaceOrView")
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
-
-
-def _is_unwatched(args: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would do nothing but call the implementation."""
-    if torch._C._dispatch_tls_local_include_set() != _OF_THREAD:
-        return False
-    if torch._C._len_torch_function_stack() or torch.autograd._profiler_enabled():
-        return False
-    for arg in args:
-        if isinstance(arg, torch.Tensor) and (type(arg) not in _ORDINARY or torch._C._dispatch_keys(arg) != _OF_TENSOR):
-            return False
-    return True

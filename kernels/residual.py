@@ -34,6 +34,8 @@ from .registration import register_op
 from .seeds import Seed
 from .self_adjoint import Apply
 from .self_adjoint import register_self_adjoint
+from .unwatched import is_unwatched
+from .unwatched import unwatched_function
 
 # Cells whose masked product is in memory at a time: 1 MB in fp32.
 BLOCK_CELLS = 1 << 18
@@ -201,6 +203,10 @@ def _register_add(schema: str, implementation: Callable[..., torch.Tensor], mask
     """
     name = schema.partition("(")[0]
 
+    def traced(*args: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = getattr(torch.ops.autodropout, name)(*args)
+        return y
+
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[2:])
 
@@ -212,7 +218,7 @@ def _register_add(schema: str, implementation: Callable[..., torch.Tensor], mask
     class _Eager(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> torch.Tensor:
-            return op(*args)
+            return traced(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -246,16 +252,20 @@ def _register_add(schema: str, implementation: Callable[..., torch.Tensor], mask
             return torch.stack([apply(one, other, *others) for one, other in zip(*both, strict=True)]), 0
 
     def apply(*args: Any) -> torch.Tensor:
+        y: torch.Tensor
+        if is_unwatched(args):
+            y = unwatched(*args)
+            return y
         if not torch.compiler.is_compiling():
-            y: torch.Tensor = _Eager.apply(*args)
+            y = _Eager.apply(*args)
             return y
         if forward_ad._current_level >= 0:
             # Dynamo leaves the graph here, and raises if it must not. Going on would give zeros.
             raise RuntimeError(f"{name} has no forward-mode derivative inside torch.compile")
-        y = getattr(torch.ops.autodropout, name)(*args)
-        return y
+        return traced(*args)
 
-    op = register_op(
+    unwatched = unwatched_function(implementation, save, _Eager.backward)
+    register_op(
         schema,
         implementation,
         lambda x, *others: torch.empty_like(x),

@@ -16,6 +16,8 @@ import torch
 from torch.autograd import forward_ad
 
 from .registration import register_op
+from .unwatched import is_unwatched
+from .unwatched import unwatched_function
 
 Apply = Callable[..., torch.Tensor]  # (x, *others) -> y
 OverBatch = Callable[..., torch.Tensor]  # (apply, x with the batch in front, *others) -> y with the batch in front
@@ -58,10 +60,13 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
         return y
 
     def apply(*args: Any) -> torch.Tensor:
+        y: torch.Tensor
+        if is_unwatched(args):
+            differentiated = args[0].requires_grad and torch.is_grad_enabled()
+            y = unwatched(*args) if differentiated else implementation(*args)
+            return y
         if not torch.compiler.is_compiling():
-            if _is_constant(args[0]):
-                return op(*args)
-            y: torch.Tensor = _Eager.apply(*args)
+            y = traced(*args) if _is_constant(args[0]) else _Eager.apply(*args)
             return y
         if forward_ad._current_level >= 0:
             # Dynamo leaves the graph here, and raises if it must not. Going on would give zeros.
@@ -71,7 +76,7 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
     class _Eager(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> torch.Tensor:
-            return op(*args)
+            return traced(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -89,7 +94,8 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
             return vmap(apply, in_dims, *args)
 
-    op = register_op(
+    unwatched = unwatched_function(implementation, save, _Eager.backward)
+    register_op(
         schema,
         implementation,
         lambda x, *others: torch.empty_like(x),

@@ -34,6 +34,7 @@ from .compiled import has_numba
 from .devices import triton_runs_on
 from .masking import SLICE_CELLS
 from .masking import boxes
+from .masking import host_scalar
 from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .masking import write_masked
@@ -275,7 +276,7 @@ def _scale(
 
         pattern = token_numba.pattern(N, T, *read_fields(fields), share_t, int(seed), rank)
         scale = scale_of_counts(N * T * C, token_numba.count_dropped(pattern, C, share_c))
-        return torch.tensor(scale, dtype=torch.float64, device=seed.device)
+        return host_scalar(scale)
     if share_c:
         dropped = _dropped_tokens(N, T, fields, seed, share_t, rank).sum() * C
     else:

@@ -15,6 +15,8 @@ import torch
 from torch.autograd import forward_ad
 
 from .registration import register_op
+from .unwatched import is_unwatched
+from .unwatched import unwatched_function
 
 
 class Op(NamedTuple):
@@ -58,13 +60,11 @@ def register_with_backward(
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return without_derivative(*args)
+            return call(*args)
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
-            # Compiled autograd traces this, and no Function in it.
-            backward = call_backward if torch.compiler.is_compiling() else _EagerBackward.apply
-            return differentiated(ctx, backward, grad)
+            return differentiated(ctx, call_backward_in_eager, grad)
 
     class _EagerBackward(torch.autograd.Function):
         setup_context = staticmethod(save_for_second)
@@ -72,15 +72,26 @@ def register_with_backward(
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return backward_without_derivative(*args)
+            return call_backward(*args)
+
+    unwatched = unwatched_function(forward.implementation, save, _Eager.backward)
+    unwatched_backward = unwatched_function(backward.implementation, save_for_second, second_backward)
+
+    def call_backward_in_eager(*args: Any) -> Any:
+        if is_unwatched(args):
+            return unwatched_backward(*args)
+        # Compiled autograd traces this, and no Function in it.
+        return call_backward(*args) if torch.compiler.is_compiling() else _EagerBackward.apply(*args)
 
     def traced(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
         return differentiated(ctx, call_backward, grad)
 
-    without_derivative = register_op(*forward[:3], setup_context=save, backward=traced)
-    backward_without_derivative = register_op(*backward[:3], setup_context=save_for_second, backward=second_backward)
+    register_op(*forward[:3], setup_context=save, backward=traced)
+    register_op(*backward[:3], setup_context=save_for_second, backward=second_backward)
 
     def op(*args: Any) -> Any:
+        if is_unwatched(args):
+            return unwatched(*args)
         if not torch.compiler.is_compiling():
             return _Eager.apply(*args)
         if forward_ad._current_level >= 0:

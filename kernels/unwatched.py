@@ -1,0 +1,61 @@
+"""The short way to an op, for eager code on the CPU at which nothing looks on but autograd.
+
+Modes, transforms, tracers and profilers see an op through PyTorch's dispatcher, and `torch.func` an
+`autograd.Function` through its `setup_context`. They take half of the time of a call on a small activation
+(docs/cpu-speed.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def _key_set(*names: str) -> object:
+    keys = [getattr(torch._C.DispatchKey, name) for name in names]
+    return reduce(lambda key_set, key: key_set.add(key), keys[1:], torch._C.DispatchKeySet(keys[0]))
+
+
+# What an ordinary tensor of the CPU has, and a thread in which no mode, transform or tracer is on.
+_OF_TENSOR = _key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+_OF_THREAD = _key_set("BackendSelect", "ADInplaceOrView")
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_unwatched(args: tuple[Any, ...]) -> bool:
+    """Whether dispatcher and `torch.func` would do nothing but call the implementation of an op of these arguments."""
+    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set() != _OF_THREAD:
+        return False
+    if torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled() or forward_ad._current_level >= 0:
+        return False
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and (type(arg) not in _ORDINARY or torch._C._dispatch_keys(arg) != _OF_TENSOR):
+            return False
+    return True
+
+
+def unwatched_function(
+    implementation: Callable[..., Any], save: Callable[..., object], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """An `autograd.Function` of the form before `setup_context`, to be applied where `is_unwatched`.
+
+    Args:
+        implementation: of the op.
+        save: what would be the `setup_context`: called with ctx, the tuple of arguments and the output.
+        backward: as of a Function.
+    """
+
+    class _Unwatched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = implementation(*args)
+            save(ctx, args, output)
+            return output
+
+    _Unwatched.backward = staticmethod(backward)  # type: ignore[method-assign]
+    apply: Callable[..., Any] = _Unwatched.apply
+    return apply
