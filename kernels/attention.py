@@ -181,7 +181,7 @@ def _dropped(
     )
     cell = span if share_t else torch.arange(seen, device=seed.device)
     if listed is None:
-        listed = seed.device.type == "cpu"
+        listed = seed.is_cpu
     if listed:
         place = covered.nonzero().squeeze(1)
         cell = cell[place]

@@ -156,7 +156,7 @@ def _forward(
     if x.numel() == 0:
         zeros = torch.zeros_like(weight)
         return torch.empty_like(x), zeros, zeros.clone(), zeros.clone()
-    if triton_runs_on(x.device):
+    if triton_runs_on(x):
         from . import batch_norm_triton
 
         with torch.cuda.device(x.device):
@@ -187,7 +187,7 @@ def _forward(
 
 def _in_loops(part: torch.Tensor) -> bool:
     """Whether ReLU and mask, and their gradient, are compiled loops."""
-    return part.device.type == "cpu" and is_dense(part) and has_numba()
+    return part.is_cpu and is_dense(part) and has_numba()
 
 
 def _joined(whole: torch.Tensor | None, x: torch.Tensor, group: slice, part: torch.Tensor) -> torch.Tensor:
@@ -241,7 +241,7 @@ class _Mask:
     def __init__(self, fields: torch.Tensor, starts: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
         self.fields, self.starts, self.scale = fields, starts, scale
         self.atlas = atlas_of(fields, x.shape[2:])
-        self.compute, self.on_cpu = compute_type(x), x.device.type == "cpu"
+        self.compute, self.on_cpu = compute_type(x), x.is_cpu
 
     @cached_property
     def rows(self) -> torch.Tensor | None:
@@ -289,7 +289,7 @@ def _backward(
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
     if x.numel() == 0:
         return torch.empty_like(x), dweight.to(types[0]), dbias.to(types[1])
-    if triton_runs_on(x.device):
+    if triton_runs_on(x):
         from . import batch_norm_triton
 
         with torch.cuda.device(x.device):

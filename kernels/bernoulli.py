@@ -155,7 +155,7 @@ def _dropped(
 
 def _dropped_run(samples: slice, first: int, count: int, threshold: int, seed: torch.Tensor, rank: int) -> torch.Tensor:
     """Decisions first..first+count-1 of some samples: bool (samples, count), True = dropped."""
-    if seed.device.type == "cpu" and has_numba():
+    if seed.is_cpu and has_numba():
         from . import bernoulli_numba
 
         return ~bernoulli_numba.draw(samples, first, count, threshold, int(seed), rank)
@@ -180,14 +180,14 @@ def _scale(
         size = math.prod(shape)
         samples = 1 if 0 in shared else shape[0]
         decisions = math.prod(side for dim, side in enumerate(shape) if dim not in shared)
-        if size and triton_runs_on(seed.device):
+        if size and triton_runs_on(seed):
             from . import bernoulli_triton
 
             with torch.cuda.device(seed.device):  # Triton launches on the current device
                 return bernoulli_triton.scale_of_mask(
                     seed, samples, decisions // samples, size, threshold_of(rate), rank
                 )
-        if size and seed.device.type == "cpu" and has_numba():
+        if size and seed.is_cpu and has_numba():
             from . import bernoulli_numba
 
             counted = bernoulli_numba.dropped_of(samples, decisions // samples, threshold_of(rate), int(seed), rank)
@@ -211,13 +211,13 @@ def _apply(
         return torch.empty_like(x)
     if rate == 1:
         return torch.zeros_like(x)
-    if triton_runs_on(x.device):
+    if triton_runs_on(x):
         from . import bernoulli_triton
 
         with torch.cuda.device(x.device):
             return bernoulli_triton.apply(x, shared, threshold_of(rate), seed, scale, rank)
     y = torch.empty_like(x)
-    if x.device.type == "cpu" and has_numba():
+    if x.is_cpu and has_numba():
         form = form_of(x.shape, x.stride(), shared) if is_laid_out_as(x, y) else None
         if form is not None:
             from . import bernoulli_numba

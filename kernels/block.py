@@ -337,13 +337,13 @@ def _scale(
         size = math.prod(shape)
         if size:
             blocks = geometry(rate, block_size, shape[2], shape[3])
-            if triton_runs_on(seed.device):
+            if triton_runs_on(seed):
                 from . import block_triton
 
                 n, c, height, width = shape
                 with torch.cuda.device(seed.device):  # Triton launches on the current device
                     return block_triton.mask_scale((n, c, height, width), blocks, seed, share_c, rank)
-            if seed.device.type == "cpu" and has_numba():
+            if seed.is_cpu and has_numba():
                 from . import block_numba
 
                 counted = block_numba.count_dropped(shape, blocks, int(seed), share_c, rank)
@@ -365,17 +365,17 @@ def _apply(
         return y
     H, W = x.shape[2:]
     blocks = geometry(rate, block_size, H, W)
-    if triton_runs_on(x.device):
+    if triton_runs_on(x):
         from . import block_triton
 
         with torch.cuda.device(x.device):
             return block_triton.apply(x, blocks, seed, scale, share_c, rank)
-    if x.device.type == "cpu" and has_numba() and is_dense(x):
+    if x.is_cpu and has_numba() and is_dense(x):
         from . import block_numba
 
         block_numba.apply(x, y, blocks, int(seed), scale.item(), share_c, rank)
         return y
-    if x.device.type == "cpu" and not share_c and float(blocks.mean) * math.prod(blocks.block) < SPARSE * H * W:
+    if x.is_cpu and not share_c and float(blocks.mean) * math.prod(blocks.block) < SPARSE * H * W:
         _apply_sparse(y, x, blocks, seed, scale, rank)
     else:
         for box, dropped in _dropped(x.shape, blocks, seed, share_c, rank):

@@ -58,7 +58,7 @@ def check_fields(fields: torch.Tensor, names: Sequence[str], stated: str = "fiel
 
     `stated` begins the message, for an argument of another name or that may be something else as well.
     """
-    if fields.dtype != torch.float64 or tuple(fields.shape) != (len(names),) or fields.device.type != "cpu":
+    if fields.dtype != torch.float64 or fields.shape != (len(names),) or not fields.is_cpu:
         raise ValueError(
             f"{stated} a float64 CPU tensor ({', '.join(names)}), "
             f"got {fields.dtype}, shape {tuple(fields.shape)}, on {fields.device}"

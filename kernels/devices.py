@@ -10,5 +10,5 @@ import torch
 HAS_TRITON = find_spec("triton") is not None
 
 
-def triton_runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and HAS_TRITON
+def triton_runs_on(x: torch.Tensor) -> bool:
+    return x.is_cuda and HAS_TRITON

@@ -63,7 +63,7 @@ def write_masked(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, droppe
     The scale is rounded once to the compute type, float32 or for float64 tensors float64.
     """
     factor = scale.to(compute_type(x))
-    if dropped.numel() < x.numel() and x.device.type == "cpu":
+    if dropped.numel() < x.numel() and x.is_cpu:
         # The mask of a few shared decisions costs nothing as a factor, but 0 * NaN is NaN: then zeros are written as
         # well. Asking another device would make the host wait.
         write_product(out, x, torch.where(dropped, 0.0, factor))

@@ -42,11 +42,11 @@ def philox(c0: Counter, c1: Counter, c2: Counter, c3: Counter, seed: torch.Tenso
         Four int64 tensors of the broadcast shape, values in [0, 2^32).
     """
     counter = (c0, c1, c2, c3)
-    if seed.device.type == "cpu" and has_numba():
+    if seed.is_cpu and has_numba():
         from . import philox_numba
 
         return philox_numba.all_words(counter, int(seed))
-    if seed.device.type == "cpu":
+    if seed.is_cpu:
         shape = torch.broadcast_shapes(*(word.shape for word in counter if isinstance(word, torch.Tensor)))
         if math.prod(shape) <= FEW:
             return _philox_of_few(counter, int(seed))

@@ -84,12 +84,12 @@ def _draw(
         return starts, torch.ones((), dtype=torch.float64, device=seed.device)
     atlas = atlas_of(fields, sides)
     h, w = atlas.height, atlas.width
-    if triton_runs_on(seed.device):
+    if triton_runs_on(seed):
         from . import tiled_triton
 
         with torch.cuda.device(seed.device):  # Triton launches on the current device
             return tiled_triton.draw(seed, n, c, atlas, share_c, normalize, rank)
-    if seed.device.type == "cpu" and has_numba():
+    if seed.is_cpu and has_numba():
         from . import tiled_numba
 
         starts, dropped = tiled_numba.place(n, planes, atlas, int(seed), rank)

@@ -115,7 +115,7 @@ def _check_residual(residual: object, x: torch.Tensor) -> None:
 def _blocks(x: torch.Tensor) -> Iterator[slice]:
     """Blocks of samples that stay in a cache; elsewhere than on the CPU all at once."""
     n = x.shape[0]
-    at_once = max(1, BLOCK_CELLS * n // x.numel()) if x.device.type == "cpu" else n
+    at_once = max(1, BLOCK_CELLS * n // x.numel()) if x.is_cpu else n
     for first in range(0, n, at_once):
         yield slice(first, first + at_once)
 
@@ -133,7 +133,7 @@ def _scale_samples(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     elif x.numel():
         for block in _blocks(x):
             y[block] = x[block].to(factor.dtype).mul_(factor[block])
-    if x.device.type != "cpu" or (x.numel() and not is_finite(y)):
+    if not x.is_cpu or (x.numel() and not is_finite(y)):
         y.masked_fill_(factor == 0, 0.0)
     return y
 
@@ -142,7 +142,7 @@ def _add_scaled_samples(x: torch.Tensor, residual: torch.Tensor, factor: torch.T
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    if triton_runs_on(x.device):
+    if triton_runs_on(x):
         from . import residual_triton
 
         with torch.cuda.device(x.device):
@@ -154,7 +154,7 @@ def _add_scaled_samples(x: torch.Tensor, residual: torch.Tensor, factor: torch.T
             torch.addcmul(residual[block], x[block], factor[block], out=y[block])
         else:
             y[block] = x[block].to(compute).mul_(factor[block]).add_(residual[block])
-        if x.device.type != "cpu" or not is_finite(y[block]):
+        if not x.is_cpu or not is_finite(y[block]):
             y[block] = torch.where(factor[block] == 0, residual[block], y[block])
     return y
 
@@ -165,13 +165,13 @@ def _add_tiled(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    if triton_runs_on(x.device):
+    if triton_runs_on(x):
         from . import residual_triton
 
         with torch.cuda.device(x.device):
             return residual_triton.add_tiled(x, residual, atlas_of(fields, x.shape[2:]), starts, scale)
     in_one_type = x.dtype == compute_type(x)
-    if x.device.type == "cpu" and in_one_type and x.is_contiguous() and residual.is_contiguous() and has_numba():
+    if x.is_cpu and in_one_type and x.is_contiguous() and residual.is_contiguous() and has_numba():
         from . import residual_numba
 
         residual_numba.add_tiled(x, residual, y, atlas_of(fields, x.shape[2:]), starts, scale.item())

@@ -89,7 +89,7 @@ def softmax_token_dropout(
 
 
 def _fits(scores: torch.Tensor) -> bool:
-    return triton_runs_on(scores.device) and scores.shape[3] <= LONGEST
+    return triton_runs_on(scores) and scores.shape[3] <= LONGEST
 
 
 def _forward(

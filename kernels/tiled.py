@@ -93,12 +93,12 @@ def _apply(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: t
 
 
 def _apply_on_maps(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    if triton_runs_on(x.device):
+    if triton_runs_on(x):
         from . import tiled_triton
 
         with torch.cuda.device(x.device):
             return tiled_triton.apply(x, atlas, starts, scale)
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return _apply_on_cpu(x, atlas, starts, scale)
     return apply_reference(x, atlas, starts, scale)
 

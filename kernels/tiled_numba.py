@@ -39,9 +39,9 @@ def place(samples: int, planes: int, atlas: Atlas, seed: int, rank: int) -> tupl
 
     On one thread: 81,920 planes take 0.16 ms, and where other programs use the cores, starting a second one may take 8.
     """
-    starts = np.empty((samples, planes), np.int32)
-    dropped = _place(starts, array(atlas.counts_by_start), atlas.height, atlas.width, u32(rank), *key(seed))
-    return torch.from_numpy(starts), int(dropped)
+    starts = torch.empty((samples, planes), dtype=torch.int32)
+    counts = array(atlas.counts_by_start)
+    return starts, _place(array(starts), counts, atlas.height, atlas.width, u32(rank), *key(seed))
 
 
 @loop
@@ -53,7 +53,7 @@ def _place(starts, counts, height, width, rank, low, high):
             w0, w1, _, _ = words(u32(c), u32(0), u32(n), rank, low, high)
             row[c] = below(w1, width) * (2 * height - 1) + height - 1 - below(w0, height)
         for c in range(row.shape[0]):
-            dropped += counts[row[c]]
+            dropped += counts[u32(row[c])]  # unsigned: not asked whether it counts from the end
     return dropped
 
 

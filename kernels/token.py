@@ -204,7 +204,7 @@ def _dropped(
     """
     size, period, threshold = read_fields(fields)
     if listed is None:
-        listed = seed.device.type == "cpu"
+        listed = seed.is_cpu
     for box in boxes((N, T), max(1, SLICE_CELLS // C)):
         samples, tokens = _both(box, T)
         covered, span = _spans(samples, tokens, T, size, period, seed, rank)
@@ -266,12 +266,12 @@ def _scale(
     read_fields(fields)  # also where nothing is read from them, so that bad ones are always refused
     if normalize != "mask" or N * T * C == 0:
         return torch.full((), fixed_scale(fields, T, normalize), dtype=torch.float64, device=seed.device)
-    if triton_runs_on(seed.device):
+    if triton_runs_on(seed):
         from . import token_triton
 
         with torch.cuda.device(seed.device):  # Triton launches on the current device
             return token_triton.scale_of_mask(fields, seed, N, T, C, share_t, share_c, rank)
-    if seed.device.type == "cpu" and has_numba():
+    if seed.is_cpu and has_numba():
         from . import token_numba
 
         pattern = token_numba.pattern(N, T, *read_fields(fields), share_t, int(seed), rank)
@@ -300,7 +300,7 @@ def _apply(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    if triton_runs_on(x.device):
+    if triton_runs_on(x):
         from . import token_triton
 
         with torch.cuda.device(x.device):
@@ -308,7 +308,7 @@ def _apply(
         return y
     N, T, C = sides_of(x.shape, layout)
     by_token_x, by_token_y = by_token(x, layout), by_token(y, layout)
-    if x.device.type == "cpu" and has_numba():
+    if x.is_cpu and has_numba():
         from . import token_numba
 
         if order := token_numba.order(by_token_x):

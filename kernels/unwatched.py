@@ -12,6 +12,10 @@ from functools import reduce
 from typing import Any
 
 import torch
+from torch._C import _dispatch_keys
+from torch._C import _dispatch_tls_local_include_set
+from torch._C import _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 
@@ -28,12 +32,12 @@ _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 def is_unwatched(args: tuple[Any, ...]) -> bool:
     """Whether dispatcher and `torch.func` would do nothing but call the implementation of an op of these arguments."""
-    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set() != _OF_THREAD:
+    if torch.compiler.is_compiling() or _dispatch_tls_local_include_set() != _OF_THREAD:
         return False
-    if torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled() or forward_ad._current_level >= 0:
+    if _len_torch_function_stack() or _profiler_enabled() or forward_ad._current_level >= 0:
         return False
     for arg in args:
-        if isinstance(arg, torch.Tensor) and (type(arg) not in _ORDINARY or torch._C._dispatch_keys(arg) != _OF_TENSOR):
+        if isinstance(arg, torch.Tensor) and (type(arg) not in _ORDINARY or _dispatch_keys(arg) != _OF_TENSOR):
             return False
     return True
 

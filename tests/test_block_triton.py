@@ -143,7 +143,7 @@ def test_the_op_reaches_the_kernels(normalize: str, monkeypatch: pytest.MonkeyPa
     upstream = contracts.activation("contiguous", (2, 4, 8, 8)) + 1
     y = block_dropout(x, (0.3, 3), SEED, False, normalize, 1)
     (gradient,) = torch.autograd.grad(y, x, upstream)
-    monkeypatch.setattr(block, "triton_runs_on", lambda device: True)
+    monkeypatch.setattr(block, "triton_runs_on", lambda x: True)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for name in ("_dropped", "_apply_sparse"):
         monkeypatch.setattr(block, name, None)  # would raise
