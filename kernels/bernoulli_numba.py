@@ -45,7 +45,7 @@ def dropped_of(samples: int, decisions: int, threshold: int, seed: int, rank: in
     length = min(RUN, decisions)
     runs, size = samples * -(-decisions // length), samples * decisions * COUNTED
     kept = np.zeros(torch.get_num_threads(), np.int64)
-    drawn_by = u64(threshold), u32(rank), *key(seed)
+    drawn_by = u64(threshold), rank, *key(seed)
     run(_count, _count_in_threads, runs, size, kept, runs, decisions, length, *drawn_by)
     return samples * decisions - int(kept.sum())
 
@@ -54,7 +54,7 @@ def draw(samples: slice, first: int, count: int, threshold: int, seed: int, rank
     """Decisions first..first+count-1 of some samples: bool (samples, count), True = kept."""
     kept = np.empty((samples.stop - samples.start, _room(first % 4 + count)), np.uint8)
     for sample, row in enumerate(kept, samples.start):
-        _draw(row, first // 4, first % 4 + count, u32(sample), u64(threshold), u32(rank), *key(seed))
+        _draw(row, first // 4, first % 4 + count, u32(sample), u64(threshold), rank, *key(seed))
     return torch.from_numpy(kept)[:, first % 4 :][:, :count].view(torch.bool)
 
 
@@ -62,7 +62,7 @@ def apply(x: torch.Tensor, y: torch.Tensor, form: Form, threshold: int, seed: in
     """Writes the masked product to y, which is dense and laid out as x."""
     factor, size = factor_of(x, scale), x.numel() * x.element_size()
     source, target = (array(t.as_strided((t.numel(),), (1,))) for t in (x, y))
-    drawn_by = u64(threshold), u32(rank), *key(seed)
+    drawn_by = u64(threshold), rank, *key(seed)
     sides: tuple[int, ...]
     if form.places:
         sides = form.samples, form.places, form.decisions // form.places

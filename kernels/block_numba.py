@@ -65,7 +65,7 @@ def apply(
 
 def _arguments(blocks: Geometry, seed: int, rank: int) -> tuple[object, ...]:
     low, high = key(seed)
-    return array(blocks.thresholds), blocks.block, blocks.positions, u32(rank), low, high
+    return array(blocks.thresholds), blocks.block, blocks.positions, rank, low, high
 
 
 @loop

@@ -24,7 +24,8 @@ HALF = u64(32)
 # Inlined as source: called as a function, eight counters are not computed at a time, and it takes eight times as long.
 @njit(inline="always")
 def words(c0, c1, c2, c3, k0, k1):
-    """The four words, uint32, of a counter of four uint32 under the key (k0, k1), low and high half of the seed."""
+    """The four words, uint32, of a counter of four words under the key (k0, k1), low and high half of the seed."""
+    c0, c1, c2, c3, k0, k1 = u32(c0), u32(c1), u32(c2), u32(c3), u32(k0), u32(k1)
     for _ in range(ROUNDS):
         p0, p1 = u64(c0) * MULTIPLIER_0, u64(c2) * MULTIPLIER_1
         c0, c1, c2, c3 = u32(p1 >> HALF) ^ c1 ^ k0, u32(p1), u32(p0 >> HALF) ^ c3 ^ k1, u32(p0)
@@ -38,9 +39,9 @@ def below(word, n):
     return np.int64((u64(word) * u64(n)) >> HALF)
 
 
-def key(seed: int) -> tuple[np.uint32, np.uint32]:
+def key(seed: int) -> tuple[int, int]:
     """Low and high half of a seed."""
-    return u32(seed & philox.MASK32), u32(seed >> 32 & philox.MASK32)
+    return seed & philox.MASK32, seed >> 32 & philox.MASK32
 
 
 def all_words(counter: tuple[philox.Counter, ...], seed: int) -> philox.Words:

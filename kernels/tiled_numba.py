@@ -41,7 +41,7 @@ def place(samples: int, planes: int, atlas: Atlas, seed: int, rank: int) -> tupl
     """
     starts = torch.empty((samples, planes), dtype=torch.int32)
     counts = array(atlas.counts_by_start)
-    return starts, _place(array(starts), counts, atlas.height, atlas.width, u32(rank), *key(seed))
+    return starts, _place(array(starts), counts, atlas.height, atlas.width, rank, *key(seed))
 
 
 @loop

@@ -40,9 +40,9 @@ def pattern(
     phases = np.zeros(samples, np.int32)
     low, high = key(seed)
     if size < tokens:
-        _phases(phases, period, u32(rank), low, high)
+        _phases(phases, period, rank, low, high)
     last = u32(max(0, threshold - 1))
-    return phases, tokens, size if threshold else 0, period, last, share_t, u32(rank), low, high
+    return phases, tokens, size if threshold else 0, period, last, share_t, rank, low, high
 
 
 @loop
