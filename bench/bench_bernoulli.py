@@ -19,6 +19,7 @@ from clock import DTYPES
 from clock import ON_GPU
 from conftest import Report
 from interleaved import interleaved
+from interleaved import rounds_for
 from timm.layers import DropPath as TimmDropPath
 from torch import nn
 from torchvision.ops import stochastic_depth
@@ -29,8 +30,6 @@ TESTS = ("test_bernoulli.py",)
 MAPS = [(128, 160, 32, 32), (128, 640, 8, 8)]
 TOKENS = [(64, 512, 512)]
 RATE = 0.1
-ROUNDS = 5
-
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -66,7 +65,7 @@ def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype:
     contenders: dict[str, Callable[[], object]] = {"x * 2": lambda: x * 2}
     contenders |= {name: lambda forward=forward: forward(x) for name, forward in peers.items()}  # type: ignore[misc]
     cells = ours("none")
-    timings = interleaved(benchmark, lambda: cells(x), contenders, ROUNDS)
+    timings = interleaved(benchmark, lambda: cells(x), contenders, rounds_for(x))
     report.add(f"Bernoulli {where}, forward (ours: not shared)", shape, "", timings, dtype)
 
 
@@ -82,5 +81,5 @@ def bench_forward_backward(benchmark: Any, report: Report, shape: tuple[int, ...
 
     contenders: dict[str, Callable[[], object]] = {"x * 2": lambda: x.detach() * 2}
     contenders |= {name: both(forward) for name, forward in peers.items()}
-    timings = interleaved(benchmark, both(ours("none")), contenders, ROUNDS)
+    timings = interleaved(benchmark, both(ours("none")), contenders, rounds_for(x))
     report.add(f"Bernoulli {where}, forward + backward (ours: not shared)", shape, "", timings, dtype)

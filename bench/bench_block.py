@@ -19,6 +19,7 @@ from clock import DTYPES
 from clock import ON_GPU
 from conftest import Report
 from interleaved import interleaved
+from interleaved import rounds_for
 from timm.layers import drop_block_2d as timm_drop_block
 from torchvision.ops import drop_block2d
 
@@ -27,8 +28,6 @@ from autodropout.kernels import block_dropout
 TESTS = ("test_block.py",)
 SHAPES = [(128, 160, 32, 32), (128, 320, 16, 16), (128, 640, 8, 8)]
 FIELDS = (0.1, 7)
-ROUNDS = 5
-
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 PEERS: dict[str, Forward] = {
@@ -45,7 +44,7 @@ def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype:
     x = torch.randn(shape, dtype=dtype, device=DEVICE)
     contenders: dict[str, Callable[[], object]] = {"x * 2": lambda: x * 2}
     contenders |= {name: lambda forward=forward: forward(x) for name, forward in PEERS.items()}
-    timings = interleaved(benchmark, lambda: block_dropout(x, FIELDS), contenders, ROUNDS)
+    timings = interleaved(benchmark, lambda: block_dropout(x, FIELDS), contenders, rounds_for(x))
     report.add("DropBlock, forward", shape, "", timings, dtype)
 
 
@@ -61,5 +60,5 @@ def bench_forward_backward(benchmark: Any, report: Report, shape: tuple[int, ...
 
     contenders: dict[str, Callable[[], object]] = {"x * 2": lambda: x.detach() * 2, "both": both(lambda x: x * 2)}
     contenders |= {name: both(forward) for name, forward in PEERS.items()}
-    timings = interleaved(benchmark, both(lambda x: block_dropout(x, FIELDS)), contenders, ROUNDS)
+    timings = interleaved(benchmark, both(lambda x: block_dropout(x, FIELDS)), contenders, rounds_for(x))
     report.add("DropBlock, forward + backward", shape, "", timings, dtype)

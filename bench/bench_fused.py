@@ -18,6 +18,7 @@ from clock import DTYPES
 from clock import ON_GPU
 from conftest import Report
 from interleaved import interleaved
+from interleaved import rounds_for
 
 from autodropout import TiledPattern
 from autodropout.kernels import Atlas
@@ -30,7 +31,6 @@ from autodropout.kernels import tiled_dropout_add
 TESTS = ("test_batch_norm.py", "test_residual.py")
 SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (128, 320, 16, 16), (128, 640, 8, 8)]
 BACKWARD_SHAPES = SHAPES if ON_GPU else SHAPES[2:]  # on two cores: five minutes for all of bench/
-ROUNDS = 5
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -68,7 +68,7 @@ def bench_batch_norm(benchmark: Any, report: Report, shape: tuple[int, ...], dty
 
     contenders = {name: forward(layer) for name, layer in layers(shape, dtype).items()}
     ours = contenders.pop("ours")
-    timings = interleaved(benchmark, ours, {"x * 2": lambda: x * 2} | contenders, ROUNDS)
+    timings = interleaved(benchmark, ours, {"x * 2": lambda: x * 2} | contenders, rounds_for(x))
     report.add("batch norm, pattern, ReLU: forward", shape, "", timings, dtype)
 
 
@@ -83,7 +83,7 @@ def bench_batch_norm_both(benchmark: Any, report: Report, shape: tuple[int, ...]
 
     contenders = {name: both(layer) for name, layer in layers(shape, dtype).items()}
     ours = contenders.pop("ours")
-    timings = interleaved(benchmark, ours, {"x * 2": lambda: x.detach() * 2} | contenders, ROUNDS)
+    timings = interleaved(benchmark, ours, {"x * 2": lambda: x.detach() * 2} | contenders, rounds_for(x))
     report.add("batch norm, pattern, ReLU: forward + backward", shape, "", timings, dtype)
 
 
@@ -101,4 +101,4 @@ def bench_residual(benchmark: Any, report: Report, kind: str, shape: tuple[int, 
     else:
         peers["chain"] = lambda: residual + bernoulli_dropout(x, 0.2, shared="sample")
         ours = lambda: drop_path_add(x, residual, 0.2)  # noqa: E731
-    report.add("residual + dropout(x): forward", shape, kind, interleaved(benchmark, ours, peers, ROUNDS), dtype)
+    report.add("residual + dropout(x): forward", shape, kind, interleaved(benchmark, ours, peers, rounds_for(x)), dtype)

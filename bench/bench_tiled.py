@@ -8,7 +8,6 @@ installed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from clock import DTYPES
 from clock import ON_GPU
 from conftest import Report
 from interleaved import interleaved
+from interleaved import rounds_for
 from plain_torch import plain
 from timm.layers import drop_block_2d as timm_drop_block
 from torchvision.ops import drop_block2d
@@ -30,12 +30,6 @@ from autodropout.kernels import tiled_dropout
 TESTS = ("test_tiled.py", "test_tiled_sequences.py")
 SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (128, 320, 16, 16), (128, 640, 8, 8)]
 BACKWARD_SHAPES = SHAPES if ON_GPU else [SHAPES[0], *SHAPES[2:]]  # on two cores: five minutes for all of bench/
-
-
-def rounds(shape: tuple[int, ...]) -> int:
-    """More for small activations: at 21 MB a third of the runs, whose ever, waits for the system's new pages."""
-    size = math.prod(shape)
-    return 61 if size < 1 << 23 else max(5, 125_000_000 // size)
 
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -81,7 +75,7 @@ def bench_forward(benchmark: Any, report: Report, shape: tuple[int, ...], dtype:
         peers["no Numba"] = plain(ours(shape, share_c=False))
     per_channel = ours(shape, share_c=False)
     contenders = {name: lambda forward=forward: forward(x) for name, forward in peers.items()}
-    report.add("forward", shape, "", interleaved(benchmark, lambda: per_channel(x), contenders, rounds(shape)), dtype)
+    report.add("forward", shape, "", interleaved(benchmark, lambda: per_channel(x), contenders, rounds_for(x)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -103,4 +97,4 @@ def bench_forward_backward(benchmark: Any, report: Report, shape: tuple[int, ...
     contenders: dict[str, Callable[[], object]] = {"x * 2": lambda: x.detach() * 2}
     contenders |= {name: both(forward) for name, forward in peers.items()}
     per_channel = both(ours(shape, share_c=False))
-    report.add("forward + backward", shape, "", interleaved(benchmark, per_channel, contenders, rounds(shape)), dtype)
+    report.add("forward + backward", shape, "", interleaved(benchmark, per_channel, contenders, rounds_for(x)), dtype)

@@ -18,6 +18,7 @@ from clock import DTYPES
 from clock import ON_GPU
 from conftest import Report
 from interleaved import interleaved
+from interleaved import rounds_for
 
 from autodropout import TokenPattern
 from autodropout.kernels import token_dropout
@@ -30,8 +31,6 @@ CASES = {
     "NHQK": (8, 16, 384, 384),
 }
 PATTERN = TokenPattern(size=4, stride=12, rate=0.5)
-ROUNDS = 5
-
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -82,7 +81,7 @@ def bench_forward(benchmark: Any, report: Report, layout: str, dtype: torch.dtyp
     peers: dict[str, Callable[[], object]] = {"x * 2": lambda: x * 2}
     peers |= {name: lambda forward=forward: forward(x) for name, forward in contenders(layout).items()}
     own = ours(layout)
-    report.add("tokens, forward", x.shape, layout, interleaved(benchmark, lambda: own(x), peers, ROUNDS), dtype)
+    report.add("tokens, forward", x.shape, layout, interleaved(benchmark, lambda: own(x), peers, rounds_for(x)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,5 +95,5 @@ def bench_forward_backward(benchmark: Any, report: Report, dtype: torch.dtype) -
 
     peers: dict[str, Callable[[], object]] = {"x * 2": lambda: x.detach() * 2, "both": both(lambda x: x * 2)}
     peers |= {name: both(forward) for name, forward in contenders("NTC").items()}
-    timings = interleaved(benchmark, both(ours("NTC")), peers, ROUNDS)
+    timings = interleaved(benchmark, both(ours("NTC")), peers, rounds_for(x))
     report.add("tokens, forward + backward", x.shape, "NTC", timings, dtype)
