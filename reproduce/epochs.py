@@ -48,7 +48,7 @@ def run_epochs(
         seed: of the masks.
         device: where the parts are.
         checkpoint: read if it exists, written after every epoch and left where it is; None: neither.
-        on_epoch: called once for every epoch, also for those the checkpoint has already behind it.
+        on_epoch: called after every epoch, and once for each that the checkpoint has already behind it.
         after_epoch: called with the number of epochs done, when the checkpoint is written; what it raises ends the
             training.
 
@@ -62,8 +62,8 @@ def run_epochs(
         for name, part in parts.items():
             part.load_state_dict(state[name])
     for epoch in range(epochs):
-        on_epoch()
         if epoch < done:
+            on_epoch()
             continue
         start = time.perf_counter()
         torch.manual_seed(derive(seed, epoch, "masks"))
@@ -75,5 +75,6 @@ def run_epochs(
             contents: dict[str, Any] = {"epoch": epoch + 1, "seconds": seconds}
             contents |= {name: part.state_dict() for name, part in parts.items()}
             write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
+        on_epoch()
         after_epoch(epoch + 1)
     return seconds

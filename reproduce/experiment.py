@@ -157,7 +157,7 @@ class Task(ABC):
     def train(self, job: Job, device: torch.device, checkpoint: Path, on_epoch: Callable[[], None]) -> Trained:
         """Trains a model, or on from `checkpoint` if that file exists, which is left there.
 
-        `on_epoch` is called once for every epoch of the recipe, also for those that the checkpoint has behind it.
+        `on_epoch` is called after every epoch of the recipe, and once for each that the checkpoint has behind it.
         """
 
 

@@ -147,7 +147,7 @@ def train_imagenet_model(
         classes: how many.
         device: of this rank. On GPUs: bfloat16 where autocast uses it, and channels_last.
         checkpoint: written by rank 0 after every epoch and left where it is; the others neither read nor need it.
-        on_epoch: called once for every epoch of the recipe, also for those the checkpoint has already behind it.
+        on_epoch: called after every epoch of the recipe, and once for each that the checkpoint has already behind it.
 
     Raises:
         ValueError: the group has not the recipe's number of ranks; fewer images than a batch.
@@ -216,8 +216,8 @@ def fit(
     done, seconds, mean = int(state["epoch"]), float(state["seconds"]), float(state["loss"])
     compiled = cast(nn.Module, torch.compile(model)) if recipe.compile else model
     for epoch in range(recipe.epochs):
-        on_epoch()
         if epoch < done:
+            on_epoch()
             continue
         start = time.perf_counter()
         mean = _train_epoch(
@@ -234,6 +234,7 @@ def fit(
                 "average": None if average is None else average.state_dict(),
             }
             write_atomically(checkpoint, lambda file, contents=contents: torch.save(contents, file))  # type: ignore[misc]
+        on_epoch()
     final = model if average is None else average.module
     group.check_same("the final weights", weights_digest(final))
     return TrainedModel(final, mean, seconds)

@@ -86,7 +86,7 @@ def train_language_model(
         vocabulary: how many words.
         device: where.
         checkpoint: written after every epoch and left where it is.
-        on_epoch: called once for every epoch of the recipe, also for those the checkpoint has already behind it.
+        on_epoch: called after every epoch of the recipe, and once for each that the checkpoint has already behind it.
         on_model: called with (epochs, model) after every epoch but the last; what it raises ends the training.
 
     Returns:

@@ -77,7 +77,7 @@ def train_model(
 ) -> Outcome:
     """Trains from scratch, or on from `checkpoint` if that file exists, and measures the accuracy on `evaluation`.
 
-    `on_epoch` is called once for every epoch of the recipe, also for those the checkpoint has already behind it.
+    `on_epoch` is called after every epoch of the recipe, and once for each that the checkpoint has already behind it.
     `on_accuracy` is called with (epochs, accuracy on `evaluation`) after every `accuracy_every` epochs but the last;
     measuring changes nothing of the training, and what it raises ends it.
     `checkpoint` is written after every epoch and left where it is.

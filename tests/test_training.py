@@ -19,6 +19,7 @@ from autodropout.reproduce.augment import derive
 from autodropout.reproduce.augment import epoch_batches
 from autodropout.reproduce.data import Split
 from autodropout.reproduce.data import open_data
+from autodropout.reproduce.epochs import run_epochs
 from autodropout.reproduce.training import Normalise
 from autodropout.reproduce.training import Recipe
 from autodropout.reproduce.training import build_model
@@ -195,3 +196,12 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_masks_of_different_epochs_and_seeds_differ() -> None:
     assert len({derive(seed, epoch, "masks") for seed in range(9) for epoch in range(9)}) == 81
+
+
+def test_epochs_are_told_when_they_are_done(tmp_path: Path) -> None:
+    """A progress bar that counted them as they began would stand at its end for the whole of the last."""
+    told: list[object] = []
+    part = torch.nn.Linear(1, 1)
+    run_epochs(2, told.append, {"model": part}, 0, CPU, tmp_path / "a.pt", lambda: told.append("done"))
+    run_epochs(3, told.append, {"model": part}, 0, CPU, tmp_path / "a.pt", lambda: told.append("done"))
+    assert told == [0, "done", 1, "done", "done", "done", 2, "done"]
