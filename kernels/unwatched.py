@@ -19,25 +19,29 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 
-def _key_set(*names: str) -> object:
+def _bits(*names: str) -> int:
+    """Sets of keys are compared by their bits: in torch 2.6 they are equal to nothing but themselves."""
     keys = [getattr(torch._C.DispatchKey, name) for name in names]
-    return reduce(lambda key_set, key: key_set.add(key), keys[1:], torch._C.DispatchKeySet(keys[0]))
+    bits: int = reduce(lambda key_set, key: key_set.add(key), keys[1:], torch._C.DispatchKeySet(keys[0])).raw_repr()
+    return bits
 
 
 # What an ordinary tensor of the CPU has, and a thread in which no mode, transform or tracer is on.
-_OF_TENSOR = _key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
-_OF_THREAD = _key_set("BackendSelect", "ADInplaceOrView")
+_OF_TENSOR = _bits("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+_OF_THREAD = _bits("BackendSelect", "ADInplaceOrView")
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_unwatched(args: tuple[Any, ...]) -> bool:
     """Whether dispatcher and `torch.func` would do nothing but call the implementation of an op of these arguments."""
-    if torch.compiler.is_compiling() or _dispatch_tls_local_include_set() != _OF_THREAD:
+    if torch.compiler.is_compiling() or _dispatch_tls_local_include_set().raw_repr() != _OF_THREAD:
         return False
     if _len_torch_function_stack() or _profiler_enabled() or forward_ad._current_level >= 0:
         return False
     for arg in args:
-        if isinstance(arg, torch.Tensor) and (type(arg) not in _ORDINARY or _dispatch_keys(arg) != _OF_TENSOR):
+        if isinstance(arg, torch.Tensor) and (
+            type(arg) not in _ORDINARY or _dispatch_keys(arg).raw_repr() != _OF_TENSOR
+        ):
             return False
     return True
 
