@@ -51,6 +51,7 @@ from .with_backward import register_with_backward
 
 LAYOUT = "NHQK"
 IMPLEMENTATIONS = ("auto", "chunked", "triton")
+LARGEST = sys.float_info.max  # a constant: Dynamo of torch 2.6 does not look into sys.float_info
 WIDEST = 128  # head that the Triton kernels keep in registers
 
 
@@ -140,7 +141,7 @@ def _factor(scale: object, head: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be None or a finite number, got {scale!r} of type {type(scale).__name__}")
     # Not by `isfinite`, which Dynamo cannot trace for a number that differs between calls.
-    if not -sys.float_info.max <= scale <= sys.float_info.max:
+    if not -LARGEST <= scale <= LARGEST:
         raise ValueError(f"scale must be None or a finite number, got {scale}")
     return float(scale)
 

@@ -10,6 +10,7 @@ import mask_contracts as contracts
 import pytest
 import softmax_cases as cases
 import torch
+from marks import TORCH_2_6
 from mask_contracts import LAYOUTS
 from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
@@ -163,7 +164,8 @@ def test_forward_mode_is_refused_when_compiled() -> None:
         derivative: torch.Tensor = torch.func.jvp(lambda x: softmax_token_dropout(x, FIELDS, SEED), (x,), (x,))[1]
         return derivative
 
-    with pytest.raises(Exception, match="no forward-mode derivative"):
+    # Dynamo of 2.6 does not get as far.
+    with pytest.raises(Exception, match="WITH_EXCEPT_START" if TORCH_2_6 else "no forward-mode derivative"):
         torch.compile(tangent, backend="aot_eager", fullgraph=True)(x)
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.compile(tangent, backend="aot_eager")(x)
