@@ -64,8 +64,7 @@ def as_rank(rank: int | None) -> int:
 
 
 def _draw_seed(*, device: torch.device) -> torch.Tensor:
-    # What `torch.randint` does, in two thirds of the time.
-    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), 2**63 - 1)
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 # An op of its own: Inductor replaces `randint` by a generator of its own, and eager and compiled code would differ.

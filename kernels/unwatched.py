@@ -2,7 +2,8 @@
 
 Modes, transforms, tracers and profilers see an op through PyTorch's dispatcher, and `torch.func` an
 `autograd.Function` through its `setup_context`. They take half of the time of a call on a small activation
-(docs/cpu-speed.md).
+(docs/cpu-speed.md). What others register for the ops, a rule of autocast or an implementation for the CPU, is not asked
+on the short way, and an `ExecutionTraceObserver` alone does not see it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch._C import _dispatch_keys
-from torch._C import _dispatch_tls_local_include_set
-from torch._C import _len_torch_function_stack
-from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
+from torch.autograd import profiler
 
 
 def _bits(*names: str) -> int:
@@ -26,17 +24,34 @@ def _bits(*names: str) -> int:
     return bits
 
 
-# What an ordinary tensor of the CPU has, and a thread in which no mode, transform or tracer is on.
-_OF_TENSOR = _bits("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
-_OF_THREAD = _bits("BackendSelect", "ADInplaceOrView")
+try:
+    from torch._C import _dispatch_keys
+    from torch._C import _dispatch_tls_local_include_set
+    from torch._C import _len_torch_function_stack
+    from torch._C._autograd import _profiler_enabled
+
+    # What an ordinary tensor of the CPU has, and a thread in which no mode, transform or tracer is on.
+    _OF_TENSOR = _bits("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+    _OF_THREAD = _bits("BackendSelect", "ADInplaceOrView")
+    _CAN_ASK = True
+except (AttributeError, ImportError):  # private names, which another PyTorch may lack: all go the long way then
+    _CAN_ASK = False
+
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_unwatched(args: tuple[Any, ...]) -> bool:
     """Whether dispatcher and `torch.func` would do nothing but call the implementation of an op of these arguments."""
-    if torch.compiler.is_compiling() or _dispatch_tls_local_include_set().raw_repr() != _OF_THREAD:
+    if not _CAN_ASK or torch.compiler.is_compiling():
         return False
-    if _len_torch_function_stack() or _profiler_enabled() or forward_ad._current_level >= 0:
+    if _dispatch_tls_local_include_set().raw_repr() != _OF_THREAD:
+        return False
+    if (
+        _len_torch_function_stack()
+        or _profiler_enabled()
+        or profiler._is_profiler_enabled
+        or forward_ad._current_level >= 0
+    ):
         return False
     for arg in args:
         if isinstance(arg, torch.Tensor) and (

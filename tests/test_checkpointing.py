@@ -86,16 +86,21 @@ def test_the_seed_of_the_next_step_is_the_same_with_and_without(case: Case) -> N
 
 
 @every_op
-@pytest.mark.parametrize("kept", ["draws", "masked"])
-def test_selective_checkpointing_may_keep_any_of_our_ops(case: Case, kept: str) -> None:
+@pytest.mark.parametrize("kept", ["draws", "masked", "random", "everything"])
+def test_selective_checkpointing_may_keep_any_op(case: Case, kept: str) -> None:
     """What is kept and what is computed again need not be decided together: the seed may come from either."""
     model = Dropped(case)
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         ours = getattr(op, "namespace", "") == "autodropout"
         small_output = "draw" in str(op) or "scale" in str(op)
-        keep = ours and small_output == (kept == "draws")
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        keep = {
+            "draws": ours and small_output,
+            "masked": ours and not small_output,
+            "random": torch.Tag.nondeterministic_seeded in op.tags,
+            "everything": True,
+        }
+        return CheckpointPolicy.MUST_SAVE if keep[kept] else CheckpointPolicy.PREFER_RECOMPUTE
 
     def checkpointed(x: torch.Tensor) -> Any:
         return checkpoint(

@@ -207,3 +207,12 @@ def test_bad_arguments_are_named() -> None:
         Atlas.of_sequence(0.1, 0.1, 1, 0)
     with pytest.raises(TypeError, match="sides must be"):
         PATTERN.atlas(1, 2, 3)
+
+
+def test_the_result_may_be_changed_in_place() -> None:
+    """A sequence is masked as a map of one row; what comes back is no view of it."""
+    x = torch.randn((2, 3, 8), generator=torch.Generator().manual_seed(0), requires_grad=True)
+    atlas = Atlas.of_sequence(0.25, 0.25, 2, 8)
+    expected = torch.autograd.grad(tiled_dropout(x, atlas, 1).relu().sum(), x)
+    (changed,) = torch.autograd.grad(tiled_dropout(x, atlas, 1).relu_().sum(), x)
+    assert torch.equal(changed, expected[0])

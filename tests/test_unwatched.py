@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,6 +134,44 @@ def test_profilers_see_the_ops(names: set[str], op: Op) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         op(activation())
     assert {f"autodropout::{name}" for name in names} <= {event.key for event in profile.key_averages()}
+
+
+def test_profilers_of_all_threads_see_the_ops() -> None:
+    config = torch.profiler._ExperimentalConfig(profile_all_threads=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, experimental_config=config) as profile:
+        tiled_dropout(activation(), ATLAS, 1)
+    assert {"autodropout::tiled_draw", "autodropout::tiled_apply"} <= {event.name for event in profile.events()}
+
+
+@CASES
+def test_what_functorch_traces_can_be_called(names: set[str], op: Op) -> None:
+    """Also where a seed is drawn in it: every op of the graph has a name that Python takes."""
+    x = activation().detach()
+    torch.manual_seed(0)
+    expected = op(bernoulli_dropout(x, 0.5))
+    torch.manual_seed(0)
+    traced = make_fx(lambda x: op(bernoulli_dropout(x, 0.5)))(x)
+    torch.manual_seed(0)
+    assert torch.equal(traced(x), expected)
+
+
+def test_a_pytorch_without_the_private_names_goes_the_long_way() -> None:
+    code = """
+import torch
+del torch._C._dispatch_keys
+from autodropout.kernels import bernoulli_dropout, unwatched
+assert not unwatched.is_unwatched((torch.ones(1),))
+x = torch.ones(2, 3, requires_grad=True)
+bernoulli_dropout(x, 0.5, 1).sum().backward()
+print(x.grad.tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    x = torch.ones(2, 3, requires_grad=True)
+    bernoulli_dropout(x, 0.5, 1).sum().backward()
+    assert result.returncode == 0, result.stderr
+    assert x.grad is not None
+    assert result.stdout == f"{x.grad.tolist()}\n"
 
 
 @CASES
