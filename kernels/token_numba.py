@@ -31,7 +31,7 @@ PIECE = 1 << 14
 
 # What decides, as the loops take it: phases of the samples, int32; tokens, size (0: nothing is covered) and period; the
 # largest word that drops; share_t; rank and key. A plain tuple, since Numba keeps compiled code by the types it is for.
-Pattern = tuple[npt.NDArray[np.int32], int, int, int, np.uint32, bool, np.uint32, np.uint32, np.uint32]
+Pattern = tuple[npt.NDArray[np.int32], int, int, int, np.uint32, bool, int, int, int]
 
 
 def pattern(

@@ -5,8 +5,9 @@ A translation y of a sentence is scored as by Wu et al. 2016 (arXiv 1609.08144, 
     log P(y) / ((5 + |y|) / 6) ** penalty,
 
 |y| counting `END`. In every step the `beam` best continuations are kept; those that end are finished and no longer
-extended, so that the beam narrows (Sutskever et al. 2014). A search ends when nothing is left to extend or no
-extension can score better than what is finished, which is exact: log P only falls, and the divisor only grows.
+extended, and continuations of the others fill their places in the next step, so that the beam does not narrow as that
+of Sutskever et al. 2014 does. A search ends when nothing is left to extend or no extension can score better than what
+is finished, which is exact: log P only falls, and the divisor only grows.
 """
 
 from __future__ import annotations

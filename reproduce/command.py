@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from .data import DataError
 from .experiment import Experiment
 from .experiment import Job
 from .experiment import Result
@@ -86,13 +87,20 @@ def refused(name: str, error: Exception) -> int:
     return REFUSED
 
 
+def refused_in_training(name: str, error: DataError, where: str = "") -> int:
+    """The same for data that only a training has found damaged."""
+    # A process that loads images puts its traceback in front.
+    cause = str(error).rpartition(f"{DataError.__name__}: ")[2].strip()
+    return refused(name, DataError(f"{cause}; the same command goes on{where}"))
+
+
 def run_table(
     name: str, experiment: Experiment, metric: str, reports: Callable[[list[Result]], Sequence[Report]]
 ) -> int:
     """Trains what is not yet done, prints a table for each report, and draws the last, which is of `metric`.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C.
+        The exit code: 0, 2 for data that turn out to be damaged, or 130 after Ctrl-C.
     """
     with experiment:
         try:
@@ -100,6 +108,8 @@ def run_table(
         except KeyboardInterrupt:
             print(f"\n{name}: interrupted; the same command goes on from {experiment.runs}", file=sys.stderr)
             return INTERRUPTED
+        except DataError as error:
+            return refused_in_training(name, error, f" from {experiment.runs}")
         for title, rows, notes in reports(results):
             print(table(title, rows, notes))
         picture = experiment.results.with_suffix(".png")

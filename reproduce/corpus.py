@@ -8,7 +8,6 @@ Each line ends with `<eos>`, as in the published counts of tokens.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib
 import re
@@ -18,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .text_files import lines_of
+from .text_files import printable
+from .text_files import read_text
 
 PYDOC = "pydoc"
 HUB = "hub"
@@ -56,7 +59,7 @@ def open_corpus(source: str) -> Corpus:
     """The corpus `"pydoc"`, `"hub"`, or that of a folder with `train.txt`, `valid.txt` and `test.txt`, gzipped or not.
 
     Raises:
-        ValueError: none of them, a file is missing, a download fails, or a text has no words.
+        ValueError: none of them, a file is missing or damaged, a download fails, or a text has no words.
         OSError: a file cannot be read.
     """
     if source == HUB:
@@ -70,9 +73,9 @@ def folder_corpus(folder: Path) -> Corpus:
         raise ValueError(
             f"data must be {PYDOC!r}, {HUB!r} or a folder with train.txt, valid.txt and test.txt, got {folder}"
         )
-    texts = [_text(folder, split) for split in SPLITS]
-    lines = [[line.split() for line in text.splitlines()] for text in texts]
-    return _corpus(folder.resolve().name, lines, texts, least=1)
+    texts = [read_text(folder, f"{split}.txt") for split in SPLITS]
+    lines = [[line.split() for line in lines_of(text)] for text in texts]
+    return _corpus(printable(folder.resolve().name), lines, texts, least=1)
 
 
 def hub_corpus() -> Corpus:
@@ -115,15 +118,6 @@ def pydoc_corpus() -> Corpus:
         known |= set(map(tuple, part))
     texts = ["\n".join(" ".join(words) for words in part) for part in parts]
     return _corpus("Python language reference", parts, texts, PYDOC_COUNT)
-
-
-def _text(folder: Path, split: str) -> str:
-    plain, packed = folder / f"{split}.txt", folder / f"{split}.txt.gz"
-    if plain.exists():
-        return plain.read_text(encoding="utf-8")
-    if packed.exists():
-        return gzip.decompress(packed.read_bytes()).decode("utf-8")
-    raise ValueError(f"data must have {split}.txt or {split}.txt.gz, got the folder {folder} without either")
 
 
 def _corpus(title: str, parts: Sequence[list[list[str]]], texts: Sequence[str], least: int) -> Corpus:

@@ -3,7 +3,8 @@
     runs/<name>-<key>/run.json       the settings behind the key, and the name of this run's file in results/
     runs/<name>-<key>/<model>.pt     checkpoint of a model in training, removed when it is finished
     runs/<name>-<key>/<model>.json   record of a finished model
-    results/<name>-<date>-<key>.jsonl   the records, one line a model; written here and never read
+    results/<name>-<date>-<key>.jsonl   the records, one line a model; written here and never read. A number that is
+                                        not finite is a string there, "inf", because JSON has none
 
 Keys are hashes of everything that determines a result, the source files included: changed code trains anew. A record
 is stored under runs/ first and then appended to results/; at every start that file is rewritten, whole and atomically,
@@ -364,7 +365,16 @@ def _key(content: object) -> str:
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
+    return json.dumps(_strict(record), allow_nan=False).encode() + b"\n"
+
+
+def _strict(value: Any) -> Any:
+    """With a string for each number that is not finite, which `float` reads."""
+    if isinstance(value, dict):
+        return {name: _strict(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_json(path: Path, content: object) -> None:

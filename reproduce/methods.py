@@ -14,6 +14,8 @@ from autodropout import Site
 from autodropout import load_policy
 from autodropout.policy import shipped_policies
 
+from .text_files import printable
+
 # Rates for the classical methods; for autodropout one factor on the sizes of tiles and the rates of other patterns.
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "none": (),
@@ -25,6 +27,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 }
 METHODS = tuple(STRENGTHS)
 OFF = Policy.uniform(None)
+UNKNOWN = "of unknown origin"
 
 
 def method_policy(method: str, strength: float | None, blocks: int, block_size: int, learned: Policy) -> Policy:
@@ -88,10 +91,18 @@ def method_label(method: str, policy_name: str, origin: str) -> str:
 
 def policy_origin(policy: Policy) -> str:
     """In a few words whether a search has found the policy, which its provenance says and not its name."""
-    found = policy.provenance
-    if found.get("kind") == "searched":
-        return f"searched with the recipe {found['recipe']['name']}, {found['trials']['proposed']} trials"
-    return "hand-made, not searched" if found.get("kind") == "hand-made" else "of unknown origin"
+    found, scaled = policy.provenance, ""
+    try:
+        while "scaled_by" in found or "fitted_to" in found:  # what `scaled` and `fit` write
+            scaled = ", scaled" if "scaled_by" in found else scaled
+            found = found["from"]
+        if found.get("kind") == "searched":
+            origin = f"searched with the recipe {found['recipe']['name']}, {found['trials']['proposed']} trials"
+        else:
+            origin = "hand-made, not searched" if found.get("kind") == "hand-made" else UNKNOWN
+        return origin + scaled
+    except (KeyError, TypeError, AttributeError):  # a file may have anything there
+        return UNKNOWN
 
 
 def open_policy(name_or_path: str) -> tuple[str, Policy]:
@@ -102,4 +113,4 @@ def open_policy(name_or_path: str) -> tuple[str, Policy]:
         OSError: the file cannot be read.
     """
     policy = load_policy(name_or_path)
-    return (name_or_path if name_or_path in shipped_policies() else Path(name_or_path).stem), policy
+    return (name_or_path if name_or_path in shipped_policies() else printable(Path(name_or_path).stem)), policy

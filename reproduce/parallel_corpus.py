@@ -8,7 +8,6 @@ DIR       a folder with train.de, train.en, valid.de, ..., gzipped or not: Germa
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib
 from collections.abc import Iterable
@@ -16,6 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .text_files import lines_of
+from .text_files import printable
+from .text_files import read_text
 
 BIBLE = "bible"
 SPLITS = ("train", "valid", "test")
@@ -77,8 +80,8 @@ def open_parallel_corpus(source: str) -> ParallelCorpus:
     """The corpus `"bible"`, `"iwslt14"`, `"wmt14"`, or that of a folder.
 
     Raises:
-        ValueError: none of them, a file is missing, the two sides differ in length, a part is empty, or a download
-            fails.
+        ValueError: none of them, a file is missing or damaged, the two sides differ in length, a part is empty, or a
+            download fails.
         OSError: a file cannot be read.
     """
     if source in DOWNLOADS:
@@ -93,7 +96,7 @@ def folder_corpus(folder: Path) -> ParallelCorpus:
         raise ValueError(f"data must be {names} or a folder with train.de, train.en, valid.de, ..., got {folder}")
     source, target = FOLDER_LANGUAGES
     parts = [Pairs(_lines(folder, f"{split}.{source}"), _lines(folder, f"{split}.{target}")) for split in SPLITS]
-    return _corpus(f"{folder.resolve().name}, German to English", parts)
+    return _corpus(f"{printable(folder.resolve().name)}, German to English", parts)
 
 
 def downloaded_corpus(download: Download) -> ParallelCorpus:
@@ -164,15 +167,7 @@ def _runs(pair: tuple[str, str]) -> Iterator[tuple[int, str]]:
 
 
 def _lines(folder: Path, name: str) -> tuple[str, ...]:
-    plain, packed = folder / name, folder / f"{name}.gz"
-    if plain.exists():
-        data = plain.read_bytes()
-    elif packed.exists():
-        data = gzip.decompress(packed.read_bytes())
-    else:
-        raise ValueError(f"data must have {name} or {name}.gz, got the folder {folder} without either")
-    # Not `splitlines`, which also ends lines at characters that sentences have in them.
-    return tuple(line.strip() for line in data.decode("utf-8").removesuffix("\n").split("\n"))
+    return tuple(line.strip() for line in lines_of(read_text(folder, name)))
 
 
 def _corpus(title: str, parts: list[Pairs]) -> ParallelCorpus:

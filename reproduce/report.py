@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ DASH = "-"
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of `n` values and half the width of its 95% interval; None for one value, which has no interval."""
+    """Mean of `n` values and half the width of its 95% interval; None for what has no interval: one value, or values
+    that are not all finite, as after a training that diverged."""
 
     n: int
     mean: float
@@ -32,7 +34,10 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     """
     if not values:
         raise ValueError("values must hold at least one number, got none")
-    n, mean = len(values), statistics.fmean(values)
+    n = len(values)
+    if not all(map(math.isfinite, values)):
+        return Estimate(n, sum(values) / n, None)  # not `fmean`, which refuses inf - inf
+    mean = statistics.fmean(values)
     if n == 1:
         return Estimate(1, mean, None)
     quantile = float(stdtrit(n - 1, (1 + confidence) / 2))
@@ -42,7 +47,7 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
 def paired(values: Sequence[float], base: Sequence[float]) -> tuple[Estimate, float | None]:
     """Of the differences `values - base`, seed by seed: the estimate, and the p-value of the two-sided paired t-test.
 
-    None where the test does not exist: for one difference, and where all are equal.
+    None where the test does not exist: for one difference, where all are equal, and where one is not finite.
 
     Raises:
         ValueError: unequal numbers of values, or none.
@@ -50,9 +55,14 @@ def paired(values: Sequence[float], base: Sequence[float]) -> tuple[Estimate, fl
     # Here, because it takes most of a second to import, and few tables compare pairs.
     from scipy import stats
 
-    found = estimate([value - other for value, other in zip(values, base, strict=True)])
-    differences = {value - other for value, other in zip(values, base, strict=True)}
-    return found, float(stats.ttest_rel(values, base).pvalue) if len(differences) > 1 else None
+    differences = [value - other for value, other in zip(values, base, strict=True)]
+    testable = len(set(differences)) > 1 and all(map(math.isfinite, differences))
+    return estimate(differences), float(stats.ttest_rel(values, base).pvalue) if testable else None
+
+
+def shown(mean: float, sign: str = "") -> str:
+    """With two decimals; a dash for inf - inf."""
+    return DASH if math.isnan(mean) else f"{mean:{sign}.2f}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ def table(title: Sequence[str], rows: Sequence[Row], notes: Sequence[str]) -> st
         strength = DASH if row.strength is None else f"{row.strength:g}"
         *above, label = _wrap(row.label, LABEL)
         lines += above
-        lines.append(_line(label, strength, str(found.n), f"{found.mean:.2f} +- {half:>5}", row.paper or DASH))
+        lines.append(_line(label, strength, str(found.n), f"{shown(found.mean)} +- {half:>5}", row.paper or DASH))
     lines.append(rule)
     lines += [line for paragraph in notes for line in _wrap(paragraph)]
     return "\n".join(lines)
@@ -91,7 +101,10 @@ def _wrap(text: str, width: int = WIDTH) -> list[str]:
 
 
 def plot(path: Path, title: Sequence[str], rows: Sequence[Row], axis: str) -> None:
-    """A PNG: for each method a dot per seed, the mean and its 95% interval; the first row's mean as a line across."""
+    """A PNG: for each method a dot per seed, the mean and its 95% interval; the first row's mean as a line across.
+
+    What is not finite has no place on the axis: it is written beside it, and the dots of the other seeds stay.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -102,11 +115,14 @@ def plot(path: Path, title: Sequence[str], rows: Sequence[Row], axis: str) -> No
     places = range(len(rows), 0, -1)
     for place, row in zip(places, rows, strict=True):
         found = estimate(row.values)
-        axes.plot(row.values, [place - 0.17] * found.n, "o", color="C0", markersize=5, alpha=0.55, markeredgewidth=0)
-        axes.errorbar(found.mean, place + 0.12, xerr=found.half_width, fmt="D", color="black", markersize=5, capsize=4)
+        dots = [value for value in row.values if math.isfinite(value)]
+        axes.plot(dots, [place - 0.17] * len(dots), "o", color="C0", markersize=5, alpha=0.55, markeredgewidth=0)
+        if math.isfinite(found.mean):
+            half_width = found.half_width
+            axes.errorbar(found.mean, place + 0.12, xerr=half_width, fmt="D", color="black", markersize=5, capsize=4)
         half = "" if found.half_width is None else f" ± {found.half_width:.2f}"
         axes.annotate(
-            f"{found.mean:.2f}{half}",
+            f"{shown(found.mean)}{half}",
             (1.01, place),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -114,17 +130,20 @@ def plot(path: Path, title: Sequence[str], rows: Sequence[Row], axis: str) -> No
         )
         if row.paper is not None:
             axes.plot(float(row.paper), place + 0.12, "*", color="C1", markersize=10)
-    axes.axvline(estimate(rows[0].values).mean, color="0.6", linewidth=1, linestyle="--", zorder=0)
-    axes.set_yticks(list(places), ["\n".join(_wrap(_with_strength(row), 28)) for row in rows])
+    first = estimate(rows[0].values).mean
+    if math.isfinite(first):
+        axes.axvline(first, color="0.6", linewidth=1, linestyle="--", zorder=0)
+    labels = ["\n".join(_wrap(_with_strength(row), 28)) for row in rows]
+    axes.set_yticks(list(places), labels, parse_math=False)  # a dollar sign in a name is a dollar sign
     axes.set_ylim(0.5, len(rows) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel(axis)
+    axes.set_xlabel(axis, parse_math=False)
     heading = "\n".join(line for paragraph in title for line in _wrap(paragraph, 112))
-    figure.suptitle(heading, fontsize=8.5, ha="left", x=0.01)
+    figure.suptitle(heading, fontsize=8.5, ha="left", x=0.01, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=150)

@@ -7,6 +7,7 @@ Every published number comes from here. A run is one file; its final models make
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,15 +73,14 @@ def section(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _Column:
-    """`scale` times the field of a line."""
+    """`scale` times the field of a line, where a number that is not finite is a string."""
 
     name: str
     field: str
     scale: int = 1
 
     def of(self, line: dict[str, Any]) -> float:
-        value: float = self.scale * line[self.field]
-        return value
+        return self.scale * float(line[self.field])
 
 
 def _images(line: dict[str, Any]) -> tuple[list[str], list[_Column]]:
@@ -160,9 +160,8 @@ def _commit(line: dict[str, Any]) -> str:
 
 
 def _interval(values: list[float], sign: str) -> str:
-    if not values:
+    if not values or math.isnan((found := estimate(values)).mean):  # inf - inf
         return "–"
-    found = estimate(values)
     return f"{found.mean:{sign}.2f} ± {'–' if found.half_width is None else f'{found.half_width:.2f}'}"
 
 

@@ -29,11 +29,13 @@ from autodropout.reproduce.command import add_experiment_options
 from autodropout.reproduce.command import count
 from autodropout.reproduce.command import preset_parser
 from autodropout.reproduce.command import refused
+from autodropout.reproduce.command import refused_in_training
 from autodropout.reproduce.command import run_table
 from autodropout.reproduce.command import share
 from autodropout.reproduce.command import some_of
 from autodropout.reproduce.data import DIGITS
 from autodropout.reproduce.data import HUB
+from autodropout.reproduce.data import DataError
 from autodropout.reproduce.experiment import Experiment
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.experiment import Settings
@@ -78,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             return _refused(error)
         if group.rank() != 0:
-            task.follow(device)
+            try:
+                task.follow(device)
+            except DataError as error:  # of an image that no other rank has read
+                return refused_in_training(NAME, error)
             return 0
         return _run(task, device)
 

@@ -182,6 +182,12 @@ def _task(args: argparse.Namespace, preset: Preset) -> LanguageTask:
             f"gzipped), for example of the Penn Treebank, or set {DATA_VARIABLE}=DIR above ptb/ with them"
         )
     policy_name, policy = open_policy(args.policy)
+    corpus = open_corpus(source)
+    batch, tokens = preset.recipe.batch_size, len(corpus.train)
+    if tokens < batch:
+        raise ValueError(
+            f"train.txt must have at least {batch} words, ends of lines included, for a batch, got {tokens}"
+        )
     settings = Settings(
         name=NAME,
         preset=args.preset,
@@ -193,7 +199,7 @@ def _task(args: argparse.Namespace, preset: Preset) -> LanguageTask:
         policy_name=policy_name,
         policy=policy,
     )
-    return LanguageTask(settings, open_corpus(source))
+    return LanguageTask(settings, corpus)
 
 
 def _reports(task: LanguageTask, results: Sequence[Result]) -> list[Report]:

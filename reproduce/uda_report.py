@@ -11,6 +11,7 @@ from .methods import policy_origin
 from .report import DASH
 from .report import Row
 from .report import paired
+from .report import shown
 from .uda_task import UdaTask
 
 # AutoDropout with UDA on CIFAR-10, 4,000 labels, WRN-28-2: leaderboards quote an error of 4.2%, shown as accuracy.
@@ -83,7 +84,7 @@ def uda_notes(settings: Settings, results: Sequence[Result], paper: str) -> list
 def _difference(values: Sequence[float], base: Sequence[float]) -> str:
     found, p = paired(values, base)
     half = DASH if found.half_width is None else f"{found.half_width:.2f}"
-    return f"{found.mean:+.2f} +- {half}, p = {DASH if p is None else f'{p:.2g}'}"
+    return f"{shown(found.mean, '+')} +- {half}, p = {DASH if p is None else f'{p:.2g}'}"
 
 
 def _short(label: str) -> str:

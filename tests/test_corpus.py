@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
+import re
 from pathlib import Path
 
 import datasets
@@ -147,3 +149,29 @@ def test_published_counts(name: str, tokens: tuple[int, ...], words: int) -> Non
     corpus = open_corpus(os.path.join(str(DATA), name))
     assert (len(corpus.train), len(corpus.valid), len(corpus.test)) == tokens
     assert len(corpus.words) == words
+
+
+def test_only_ends_of_lines_end_sentences(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    plain, other = open_corpus(str(a_folder(tmp_path))), a_folder(tmp_path / "other")
+    # By hand, so that no fingerprint of a published run changes.
+    assert plain.fingerprint == hashlib.sha256("\0".join(TEXTS.values()).encode()).hexdigest()
+    for split, text in TEXTS.items():
+        (other / f"{split}.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert open_corpus(str(other)).fingerprint == plain.fingerprint
+    assert open_corpus(str(other)).words == plain.words
+    (other / "train.txt").write_text("b\u2028a\x85b\nb\x0c\n", encoding="utf-8")
+    assert open_corpus(str(other)).train.tolist() == plain.train.tolist()
+
+
+def test_a_damaged_text_is_named(tmp_path: Path) -> None:
+    packed = a_folder(tmp_path, packed=True) / "valid.txt.gz"
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"^cannot read {re.escape(str(packed))}: Compressed file ended"):
+        open_corpus(str(tmp_path))
+
+
+def test_a_folder_whose_name_is_no_text_has_a_title_that_prints(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"n\xff")))
+    folder.mkdir()
+    assert open_corpus(str(a_folder(folder))).title == "n\N{REPLACEMENT CHARACTER}"

@@ -262,6 +262,33 @@ def test_no_line_is_lost_or_doubled_by_a_kill(
     assert not list(opened.runs.glob("*.pt")), "checkpoints of finished models are removed"
 
 
+def test_a_training_that_diverged_is_a_line_of_strict_json(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_json(constant: str) -> None:
+        raise AssertionError(constant)
+
+    settings = dataclasses.replace(SETTINGS, methods=("none",))
+    stand_in = Trainer(lambda policy, seed, measured_on: (math.inf, 0.25)[seed])
+    monkeypatch.setattr(image_task, "train_model", stand_in)
+    (first,) = run(settings, data, tmp_path)
+    assert first.values == (math.inf, 0.25)
+    (path,) = (tmp_path / "results").glob("*.jsonl")
+    before = path.read_text(encoding="utf-8")
+    records = [json.loads(line, parse_constant=no_json) for line in before.splitlines()]
+    assert [record["accuracy"] for record in records] == ["inf", 0.25]
+    assert run(settings, data, tmp_path) == [first], "what is kept under runs/ is the same number"
+    assert path.read_text(encoding="utf-8") == before
+    assert len(stand_in.calls) == 2
+
+
+def test_lines_of_finite_numbers_are_plain_json() -> None:
+    record = {"a": 1, "b": 0.1, "c": [1, 2.5, None], "d": {"e": True, "f": "inf"}, "é": (1, "x")}
+    assert experiment._line(record) == json.dumps(record).encode() + b"\n"
+    nested = {"loss": math.nan, "of": {"it": [-math.inf, (math.inf, 1)]}}
+    assert experiment._line(nested) == b'{"loss": "nan", "of": {"it": ["-inf", ["inf", 1]]}}\n'
+
+
 def test_results_are_never_read(data: ImageData, trainer: Trainer, tmp_path: Path) -> None:
     first = run(SETTINGS, data, tmp_path)
     before = lines(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,35 @@ def test_labels_say_where_the_policy_comes_from(tmp_path: Path) -> None:
     }
     searched = dataclasses.replace(HAND, provenance=found)
     assert policy_origin(searched) == "searched with the recipe digits, 200 trials"
+
+
+SEARCHED = {"kind": "searched", "recipe": {"name": "digits"}, "trials": {"proposed": 200}}
+
+
+@pytest.mark.parametrize("missing", [{"recipe": None}, {"trials": {}}, {"recipe": {}, "trials": {}}, {"trials": "200"}])
+def test_a_search_that_does_not_say_enough_is_of_unknown_origin(missing: dict[str, object]) -> None:
+    partly = {name: value for name, value in (SEARCHED | missing).items() if value is not None}
+    assert policy_origin(dataclasses.replace(HAND, provenance=partly)) == "of unknown origin"
+
+
+def test_the_origin_of_a_changed_policy_is_that_of_the_policy_it_was() -> None:
+    found = dataclasses.replace(HAND, provenance=SEARCHED)
+    assert policy_origin(found.scaled(0.5)) == "searched with the recipe digits, 200 trials, scaled"
+    assert policy_origin(HAND.scaled(0.5).scaled(3)) == "hand-made, not searched, scaled"
+    fitted = HAND.fit(WideResNet(10, 1, in_channels=1), torch.zeros(1, 1, 8, 8), verbose=False)
+    assert policy_origin(fitted) == "hand-made, not searched"
+    assert policy_origin(Policy.uniform(None).scaled(2)) == "of unknown origin, scaled"
+    for odd in (
+        {"from": SEARCHED},
+        {"scaled_by": 2},
+        {"scaled_by": 2, "from": "digits"},
+        {"scaled_by": 2, "from": [1]},
+    ):
+        assert policy_origin(dataclasses.replace(HAND, provenance=odd)) == "of unknown origin"
+
+
+def test_a_policy_in_a_file_whose_name_is_no_text_has_a_name_that_prints(tmp_path: Path) -> None:
+    path = os.path.join(os.fsencode(tmp_path), b"n\xff.json")
+    HAND.save(os.fsdecode(path))
+    name, policy = open_policy(os.fsdecode(path))
+    assert (name, policy) == ("n\N{REPLACEMENT CHARACTER}", HAND)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -58,6 +59,26 @@ def test_sentences_of_a_folder(tmp_path: Path, packed: bool) -> None:
     assert corpus.train == Pairs(("Ein Hund.", "", "Zwei\u2028Hunde"), ("A dog.", "", "Two dogs"))
     assert (corpus.valid, corpus.test) == (Pairs(("Hund",), ("Dog",)), Pairs(("Hunde",), ("Dogs",)))
     assert corpus.title == "pairs, German to English"
+
+
+def test_byte_order_marks_and_other_ends_of_lines_are_no_part_of_sentences(tmp_path: Path) -> None:
+    plain, other = open_parallel_corpus(str(a_folder(tmp_path / "a"))), a_folder(tmp_path / "b")
+    for name, text in TEXTS.items():
+        (other / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert open_parallel_corpus(str(other)).fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize("name", ["valid.de", "test.en"])
+def test_a_damaged_text_is_named(name: str, tmp_path: Path) -> None:
+    packed = a_folder(tmp_path / "pairs", packed=True) / f"{name}.gz"
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"^cannot read {re.escape(str(packed))}: Compressed file ended"):
+        open_parallel_corpus(str(packed.parent))
+
+
+def test_a_folder_whose_name_is_no_text_has_a_title_that_prints(tmp_path: Path) -> None:
+    folder = a_folder(Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"n\xff"))))
+    assert open_parallel_corpus(str(folder)).title == "n\N{REPLACEMENT CHARACTER}, German to English"
 
 
 def test_the_fingerprint_is_that_of_the_sentences(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from autodropout.reproduce.report import Estimate
 from autodropout.reproduce.report import Row
 from autodropout.reproduce.report import estimate
 from autodropout.reproduce.report import paired
 from autodropout.reproduce.report import plot
+from autodropout.reproduce.report import shown
 from autodropout.reproduce.report import table
 
 
@@ -84,3 +86,38 @@ def test_paired_differences_by_hand() -> None:
     assert paired((5.0, 4.0), (4.0, 3.0))[1] is None, "no variance, no test"
     with pytest.raises(ValueError, match="shorter"):
         paired((5.0, 4.0), (4.0,))
+
+
+def test_a_training_that_diverged_has_no_interval() -> None:
+    assert estimate([100.0, math.inf]) == estimate([math.inf, 100.0]) == Estimate(2, math.inf, None)
+    opposite = estimate([math.inf, -math.inf])
+    assert math.isnan(opposite.mean)
+    assert opposite.half_width is None
+    text = table(["title"], [Row("none", None, (100.0, math.inf), None), Row("other", 0.1, (math.inf,), "3")], [])
+    cells = {line.split()[0]: line.split() for line in text.splitlines()}
+    assert cells["none"] == ["none", "-", "2", "inf", "+-", "-", "-"]
+    assert cells["other"] == ["other", "0.1", "1", "inf", "+-", "-", "3"]
+
+
+def test_no_difference_of_two_trainings_that_diverged() -> None:
+    assert paired((math.inf, 4.0, 5.0), (3.0, 2.0, 1.0)) == (Estimate(3, math.inf, None), None)
+    found, p = paired((math.inf, 4.0, 5.0), (math.inf, 2.0, 1.0))
+    assert math.isnan(found.mean)
+    assert (found.half_width, p) == (None, None)
+    assert [shown(mean, "+") for mean in (found.mean, math.inf, 2.0)] == ["-", "+inf", "+2.00"]
+
+
+@pytest.mark.parametrize("values", [(100.0, math.inf), (math.inf, math.inf), (math.nan, 100.0)])
+def test_plot_of_a_training_that_diverged(values: tuple[float, ...], tmp_path: Path) -> None:
+    diverged = Row("diverged", 0.1, values, None)
+    for rows in ([diverged, ROWS[0]], [ROWS[0], diverged], [diverged]):
+        plot(tmp_path / "1.png", ["title"], rows, "perplexity")
+        with Image.open(tmp_path / "1.png") as image:
+            assert min(image.size) >= 200
+
+
+@pytest.mark.parametrize("place", ["title", "label", "axis"])
+def test_plot_takes_dollar_signs_as_they_are(place: str, tmp_path: Path) -> None:
+    names = {"title": "title", "label": "label", "axis": "axis"} | {place: "a$_$"}  # no mathematics
+    plot(tmp_path / "1.png", [names["title"]], [Row(names["label"], 0.5, (1.0, 2.0), None)], names["axis"])
+    assert (tmp_path / "1.png").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -143,3 +144,19 @@ def test_the_committed_page_has_every_committed_run() -> None:
     committed = (ROOT / "docs/results.md").read_text()
     assert listed.stdout.split()
     assert [path for path in listed.stdout.split() if f"(../{path})" not in committed] == []
+
+
+@pytest.mark.parametrize("written", [math.inf, "inf"])
+def test_section_of_a_training_that_diverged(written: float | str, tmp_path: Path) -> None:
+    """As lines have it now, and had it once."""
+    values = {("none", 0): written, ("none", 1): 51.0, ("dropout", 0): written, ("dropout", 1): 48.0}
+    values |= {("variational", 0): 45.0, ("variational", 1): written}
+    records = [
+        json.loads(language_line(method, seed, 0.0)) | {"perplexity": value} for (method, seed), value in values.items()
+    ]
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = section(path)
+    assert "| none | – | 2 | 2.00 ± 0.00 | inf ± – | – |" in text
+    assert "| Dropout | 0.1 | 2 | 2.00 ± 0.00 | inf ± – | – |" in text  # inf - inf
+    assert "| Variational dropout | 0.1 | 2 | 2.00 ± 0.00 | inf ± – | – |" in text  # 45 - inf and inf - 51

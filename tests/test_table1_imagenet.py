@@ -13,13 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_folders import CLASSES
+from image_folders import write_folder
 from scripts import finish
 from scripts import records
 from scripts import result
 from scripts import wait_for
 
 from autodropout import load_policy
+from autodropout.reproduce import imagenet_data
+from autodropout.reproduce import imagenet_training
 from autodropout.reproduce import table1_imagenet as script
+from autodropout.reproduce.data import DataError
 from autodropout.reproduce.experiment import Result
 from autodropout.reproduce.imagenet_report import report
 from autodropout.reproduce.imagenet_task import ImageNetTask
@@ -196,6 +201,49 @@ def test_bad_options_are_one_line(arguments: list[str], capsys: pytest.CaptureFi
         script.main(arguments)
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_damaged_image_met_in_training_is_one_line_and_the_same_command_goes_on(
+    processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`processes`: that load, as on a GPU's machine; what they raise arrives with their traceback in it."""
+    write_folder(tmp_path / "data")
+    demo = script.PRESETS["demo"]
+    recipe = dataclasses.replace(demo.recipes[0], batch_size=4, micro_batch=4)
+    small = dataclasses.replace(demo, recipes=(recipe,), train_images=8, valid_images=4)
+    monkeypatch.setitem(script.PRESETS, "demo", small)
+    monkeypatch.setattr(imagenet_data, "FINGERPRINTED", 1)
+    monkeypatch.setattr(imagenet_training, "loading_processes", lambda device: processes)
+    image = tmp_path / "data" / "val" / CLASSES[1] / "001.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:60])
+    arguments = ["--data", "data", "--epochs", "1", "--seeds", "1", "--methods", "none"]
+    assert script.main(arguments) == 2
+    (run,) = Path("runs").iterdir()
+    said = capsys.readouterr().err
+    damaged = image.relative_to(tmp_path)
+    assert f"\ntable1_imagenet: error: cannot decode {damaged}: OSError: " in said.replace("\r", "\n")
+    assert said.endswith(f"; the same command goes on from {run}\n")
+    assert "Traceback" not in said
+    assert len(list(run.glob("*.pt"))) == 1
+    image.write_bytes(whole)
+    assert script.main(arguments) == 0
+    assert "100%" in capsys.readouterr().err
+
+
+def test_a_damaged_image_that_another_rank_meets_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def follow(task: ImageNetTask, device: torch.device) -> None:
+        raise DataError("cannot decode a.png: OSError: no\nimage")
+
+    monkeypatch.setattr(script.group, "rank", lambda: 1)
+    monkeypatch.setattr(ImageNetTask, "follow", follow)
+    assert script.main([]) == 2
+    assert capsys.readouterr().err == (
+        "table1_imagenet: error: cannot decode a.png: OSError: no image; the same command goes on\n"
+    )
 
 
 def task_of(model: str, augment: str) -> ImageNetTask:

@@ -104,6 +104,22 @@ def test_what_cannot_be_trained_is_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_text_shorter_than_a_batch_is_refused_before_any_training(
+    more: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = script.PRESETS["demo"].recipe.batch_size
+    (folder / "train.txt").write_text("a " * (batch - 2) + "\n")
+    assert script.main(["--data", ".", *more]) == 2
+    assert capsys.readouterr().err == (
+        f"table3_language_model: error: train.txt must have at least {batch} words, ends of lines included, for a "
+        f"batch, got {batch - 1}\n"
+    )
+    assert not (folder / "runs").exists()
+    (folder / "train.txt").write_text("a " * (batch - 1) + "\n")
+    assert script.main(["--data", ".", "--dry-run"]) == 0
+
+
 def test_the_papers_numbers_stand_beside_its_own_data_and_network_alone(folder: Path) -> None:
     arguments = script._parser().parse_args(["--data", "."])
     task = script._task(arguments, script.PRESETS["paper"])
