@@ -37,6 +37,8 @@ def fit_policy(policy: Policy, model: nn.Module, example: Example | None, verbos
     places = [place for place in wanted if found[place]]
     if not places:
         raise ValueError(f"model has no sites of the places {', '.join(wanted)}: {type(model).__name__}")
+    if any(not site.name for place in places for site in found[place]):  # there is no name to write into a policy
+        raise ValueError(f"model must contain its sites, not be one itself, got {type(model).__name__}")
     notes = [f"{place}: the model has no such place, left out" for place in wanted if not found[place]]
     blocks = any(site.block is not None for place in places for site in found[place])
     if not blocks and any(isinstance(s.pattern, TiledPattern) and s.pattern.residual for s in policy.sites):

@@ -161,7 +161,7 @@ class _Dropout(PatternDropout):
 
     @property
     def p(self) -> float:
-        return _rate(self)
+        return _rate(self, "p")
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         if self._dims is not None and x.dim() != len(self._dims):
@@ -169,6 +169,9 @@ class _Dropout(PatternDropout):
         return super()._drop(x)
 
     def extra_repr(self) -> str:
+        # Another pattern may have been set, of which the class and `p` would not say all; likewise below.
+        if (self._op, self._shared) != (BernoulliPattern.op, self._shares):
+            return super().extra_repr()
         return f"p={self.p}"
 
 
@@ -261,9 +264,11 @@ class DropPath(PatternDropout):
 
     @property
     def drop_prob(self) -> float:
-        return _rate(self)
+        return _rate(self, "drop_prob")
 
     def extra_repr(self) -> str:
+        if (self._op, self._shared) != (BernoulliPattern.op, "sample"):
+            return super().extra_repr()
         return f"drop_prob={self.drop_prob}" + ("" if self.normalize == "expected" else ", scale_by_keep=False")
 
 
@@ -285,13 +290,16 @@ class DropBlock2d(PatternDropout):
 
     @property
     def p(self) -> float:
-        return _rate(self)
+        return _rate(self, "p")
 
     def extra_repr(self) -> str:
-        assert isinstance(self.pattern, BlockPattern)
+        if not isinstance(self.pattern, BlockPattern) or self.pattern.share_c:
+            return super().extra_repr()
         return f"p={self.p}, block_size={self.pattern.block_size}"
 
 
-def _rate(module: PatternDropout) -> float:
-    assert isinstance(module.pattern, (BernoulliPattern, BlockPattern))
+def _rate(module: PatternDropout, name: str) -> float:
+    # No AttributeError: nn.Module would replace it by one without this message.
+    if not isinstance(module.pattern, (BernoulliPattern, BlockPattern)):
+        raise TypeError(f"{name} needs a BernoulliPattern or a BlockPattern, got {module.pattern!r}")
     return module.pattern.rate

@@ -103,7 +103,10 @@ class LinearSchedule:
             patterns = state["patterns"]
             if not isinstance(patterns, list) or len(patterns) != len(own):
                 raise ValueError(f"state must be of a model with {len(own)} patterns, got patterns={patterns!r}")
-            own = [Pattern.from_json(data, f"state.patterns[{i}]") for i, data in enumerate(patterns)]
+            own = [
+                _like(module.pattern, Pattern.from_json(data, f"state.patterns[{i}]"), f"state.patterns[{i}]", name)
+                for i, (data, (name, module)) in enumerate(zip(patterns, self._modules.items(), strict=True))
+            ]
         last_step = integer("last_step", state["last_step"], 0, MAX_STEPS)
         self._set(state["start"], state["end"], state["steps"], state["field"], last_step, own)
 
@@ -137,6 +140,13 @@ class LinearSchedule:
             if isinstance(getattr(own, self.field), int):
                 value = math.floor(value + 0.5)
             module.pattern = _changed(module.pattern, self.field, value)
+
+
+def _like(own: Pattern, pattern: Pattern, path: str, name: str) -> Pattern:
+    """`pattern` if it is of the kind that the module of this name has: another model's would be taken over silently."""
+    if type(pattern) is not type(own):
+        raise ValueError(f"{path} must be a {type(own).__name__}, which {name or 'model'} has, got {pattern!r}")
+    return pattern
 
 
 def _number(name: str, value: float) -> float:

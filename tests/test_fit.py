@@ -22,6 +22,7 @@ from autodropout import TokenPattern
 from autodropout import apply_policy
 from autodropout import load_policy
 from autodropout.cli import main
+from autodropout.nn import PatternSite
 from autodropout.zoo import open_model
 
 EARLY, LATE = TokenPattern(2, 2, rate=0.3), TokenPattern(3, 1, rate=0.4)
@@ -157,3 +158,22 @@ def test_the_command_lists_the_sites_and_writes_what_fits(
     assert [site.name for site in load_policy("mine.json").sites][:2] == ["bn1", "layer1.0.bn1"]
     assert main(["sites", "own.py:f", "-o", "mine.json"]) == 2
     assert "--output needs --policy, got mine.json without one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "policy"),
+    [
+        (nn.BatchNorm2d(3), (1, 3, 8, 8), Policy.uniform(TiledPattern(0.5))),
+        (PatternSite("query"), (1, 5, 8), Policy((Site("q", 0.0, "query", EARLY),))),
+    ],
+)
+def test_a_model_that_is_a_site_itself_is_refused_before_anything_is_printed(
+    layer: nn.Module, shape: tuple[int, ...], policy: Policy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy has no name for it."""
+    kind = type(layer).__name__
+    with pytest.raises(ValueError, match=f"^model must contain its sites, not be one itself, got {kind}$"):
+        policy.fit(layer, torch.zeros(shape))
+    assert capsys.readouterr().out == ""
+    fitted = policy.fit(nn.Sequential(layer), torch.zeros(shape), verbose=False)
+    assert [site.name for site in fitted.sites] == ["0"]

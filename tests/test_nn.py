@@ -225,6 +225,50 @@ def test_repr(module: nn.Module, text: str) -> None:
     assert repr(module) == text
 
 
+@pytest.mark.parametrize(
+    ("module", "pattern", "text"),
+    [
+        (Dropout(0.1), TiledPattern(0.3), "Dropout(TiledPattern(size=0.3))"),
+        (Dropout(0.1), BlockPattern(0.2, 3), "Dropout(BlockPattern(rate=0.2, block_size=3))"),
+        (Dropout(0.1), BernoulliPattern(0.1, "map"), "Dropout(BernoulliPattern(rate=0.1, shared='map'))"),
+        (Dropout(0.1), BernoulliPattern(0.2), "Dropout(p=0.2)"),
+        (SpatialDropout2d(0.1), BernoulliPattern(0.1), "SpatialDropout2d(BernoulliPattern(rate=0.1))"),
+        (WordDropout(0.1), BernoulliPattern(0.1, (1,)), "WordDropout(BernoulliPattern(rate=0.1, shared=(1,)))"),
+        (DropPath(0.1), TiledPattern(0.3), "DropPath(TiledPattern(size=0.3), normalize='expected')"),
+        (
+            DropPath(0.1, scale_by_keep=False),
+            BernoulliPattern(0.1, "map"),
+            "DropPath(BernoulliPattern(rate=0.1, shared='map'), normalize='none')",
+        ),
+        (DropPath(0.1), BernoulliPattern(0.2, "sample"), "DropPath(drop_prob=0.2)"),
+        (
+            DropBlock2d(0.1, 7),
+            BlockPattern(0.1, 7, share_c=True),
+            "DropBlock2d(BlockPattern(rate=0.1, block_size=7, share_c=True))",
+        ),
+        (DropBlock2d(0.1, 7), BernoulliPattern(0.1), "DropBlock2d(BernoulliPattern(rate=0.1))"),
+        (DropBlock2d(0.1, 7), BlockPattern(0.2, 3), "DropBlock2d(p=0.2, block_size=3)"),
+    ],
+)
+def test_repr_of_a_pattern_set_later(module: PatternDropout, pattern: Pattern, text: str) -> None:
+    """The short form only where the class and its arguments would say all of it."""
+    module.pattern = pattern
+    assert repr(module) == text
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(Dropout(0.1), "p"), (DropPath(0.1), "drop_prob"), (DropBlock2d(0.1, 3), "p")]
+)
+def test_a_probability_needs_a_pattern_that_has_one(module: PatternDropout, name: str) -> None:
+    for pattern in (BernoulliPattern(0.2, "map"), BlockPattern(0.2, 3)):
+        module.pattern = pattern
+        assert getattr(module, name) == 0.2
+    module.pattern = TiledPattern(0.3)
+    message = rf"^{name} needs a BernoulliPattern or a BlockPattern, got TiledPattern\(size=0.3, "
+    with pytest.raises(TypeError, match=message):
+        getattr(module, name)
+
+
 def shares(y: torch.Tensor) -> tuple[int, ...]:
     """The dimensions along which zeros never change."""
     kept = y != 0

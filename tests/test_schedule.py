@@ -364,3 +364,20 @@ def test_bad_states_are_named_and_change_nothing(change: Any, error: type[Except
         schedule.load_state_dict(None)  # type: ignore[arg-type]
     assert schedule.state_dict() == state
     assert layer.drop_prob == 0.2
+
+
+@pytest.mark.parametrize("other", [nn.Sequential(DropPath(0.4), DropPath(0.4)), nn.Sequential(DropPath(0.4), TILED)])
+def test_a_state_of_other_kinds_of_patterns_is_refused_and_changes_nothing(other: nn.Module) -> None:
+    """A mask of one kind is not one of another; and a compiled model would recompile."""
+    model = nn.Sequential(DropPath(0.4), DropBlock2d(0.2, 3))
+    schedule = LinearSchedule(model, 0.5, 1.0, 4, field="strength")
+    before, held = schedule.state_dict(), patterns(model)
+    state = LinearSchedule(copy.deepcopy(other), 0.0, 1.0, 4, field="strength").state_dict()
+    kind = type(patterns(other)[1]).__name__
+    with pytest.raises(ValueError, match=rf"^state.patterns\[1\] must be a BlockPattern, which 1 has, got {kind}\("):
+        schedule.load_state_dict(state)
+    assert schedule.state_dict() == before
+    assert patterns(model) == held
+    state["patterns"][1] = DropBlock2d(0.1, 7).pattern.to_json()  # other numbers of the same kind fit
+    schedule.load_state_dict(state)
+    assert schedule.state_dict() == state
