@@ -112,10 +112,15 @@ def test_a_trial_that_is_trained_again_gets_the_same_answers_and_counts_once() -
 def test_what_must_be_refused() -> None:
     with pytest.raises(ValueError, match="direction must be one of 'max', 'min', got 'up'"):
         Asha("up", 1)
-    with pytest.raises(ValueError, match="grace must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"grace must be an integer in \[1, \d+\], got 0"):
         Asha("max", 0)
-    with pytest.raises(ValueError, match="reduction must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"reduction must be an integer in \[2, \d+\], got 1"):
         Asha("max", 1, 1)
+    for grace in (1.5, "1"):
+        with pytest.raises(TypeError, match=rf"grace must be an integer in .* got {grace!r} of type"):
+            Asha("max", grace)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"reduction must be an integer in .* got 2.5 of type float"):
+        Asha("max", 1, 2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="value must be finite, got nan for trial 3 at step 1"):
         Asha("max", 2).report(3, 1, math.nan)
     assert Asha("min", 5).settings() == {"name": "asha", "direction": "min", "grace": 5, "reduction": 4}

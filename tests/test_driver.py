@@ -263,6 +263,15 @@ def test_reports_are_recorded_and_end_hopeless_trials(recipe_path: Path, tmp_pat
     ]
 
 
+def test_a_trial_that_was_stopped_is_not_the_best(recipe_path: Path, tmp_path: Path) -> None:
+    """Its metric is that of a part of a training, and no export would take it."""
+    runner = Scripted(outcomes=[[0.6, 0.1], [0.6, 0.2], [0.5, 0.9]])
+    result = start(recipe_path, tmp_path / "run", runner, trials=3, stopper=Median())
+    assert (result.metrics, result.best) == ({0: 0.1, 1: 0.2, 2: 0.5}, 1)
+    runner = Scripted(outcomes=[[0.7, 0.15]])
+    assert resume(recipe_path, tmp_path / "run", runner, trials=4, stopper=Median()).best == 1
+
+
 def test_a_training_is_ended_by_its_report(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, body="for step in range(1, 4):\n    report(step, metric + step)")
     start(path, tmp_path / "run", trials=8, stopper=Median())

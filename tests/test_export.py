@@ -23,6 +23,7 @@ from autodropout.search.export import difference
 from autodropout.search.export import export_policies
 from autodropout.search.export import exported
 from autodropout.search.history import read_history
+from autodropout.search.journal import JournalError
 from autodropout.search.recipe import load_recipe
 from autodropout.search.retraining import fresh_seeds
 from autodropout.search.runners.in_process import InProcessRunner
@@ -36,17 +37,21 @@ with open(__file__ + ".log", "a") as file:
 """
 
 
-def search(folder: Path, body: str = "", direction: str = "max") -> Path:
+def search(folder: Path, body: str = "", direction: str = "max", seed: int = 0) -> Path:
     """A finished search over the toy space, whose metric has noise of 0.1; returns the folder of the run."""
     recipe = load_recipe(write_recipe(folder, LOG + body, direction=direction))
-    start_search(
-        folder / "run", recipe, ToySearcher(ToySpace()), InProcessRunner(), trials=TRIALS, retries=0, command=["s"]
-    )
+    searcher, runner = ToySearcher(ToySpace()), InProcessRunner()
+    start_search(folder / "run", recipe, searcher, runner, trials=TRIALS, seed=seed, retries=0, command=["s"])
     return folder / "run"
 
 
 def export(folder: Path, top: int = 3, seeds: int = 2) -> Export:
     return export_policies(folder, InProcessRunner(), top, seeds, ["e"])
+
+
+def finalists(folder: Path) -> list[Policy]:
+    """Those that belong to the search which is in the folder."""
+    return exported(folder, read_history(folder), ToySpace())
 
 
 def trainings(folder: Path) -> list[int]:
@@ -74,8 +79,8 @@ def test_a_lucky_trial_is_not_chosen(tmp_path: Path) -> None:
     assert [finalist.trial for finalist in result.finalists] == expected
     best = load_policy(folder / "policies/best.json")
     assert best.sites == space.decode(expected[0].choices).sites
-    assert [policy.provenance["retrained"]["rank"] for policy in exported(folder)] == [1, 2, 3]
-    assert exported(folder)[0] == best
+    assert [policy.provenance["retrained"]["rank"] for policy in finalists(folder)] == [1, 2, 3]
+    assert finalists(folder)[0] == best
 
 
 def test_seeds_are_new_and_paired(tmp_path: Path) -> None:
@@ -140,7 +145,60 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch
     assert {path.name: path.read_bytes() for path in (folder / "policies").iterdir()} == files
     export(folder, top=2, seeds=3)
     assert {path.name for path in (folder / "policies").iterdir()} == names - {"finalist-3.json"}
-    assert [len(policy.provenance["retrained"]["seeds"]) for policy in exported(folder)] == [3, 3]
+    assert [len(policy.provenance["retrained"]["seeds"]) for policy in finalists(folder)] == [3, 3]
+
+
+def test_what_another_recipe_retrained_is_not_taken(tmp_path: Path) -> None:
+    """The folder of a search whose journal was deleted, to begin again with an edited recipe."""
+    folder = search(tmp_path)
+    export(folder)
+    (folder / "journal.jsonl").unlink()
+    search(tmp_path, "metric += 100")
+    assert finalists(folder) == []
+    message = r"retraining/journal.jsonl is of another recipe than the search: .*; move it away, then export again$"
+    kept = []  # with what their tracebacks refer to: the lock is free all the same
+    for _ in range(2):
+        with pytest.raises(JournalError, match=message) as caught:
+            export(folder)
+        kept.append(caught.value)
+    shutil.rmtree(folder / "retraining")
+    assert all(metric > 90 for finalist in export(folder).finalists for metric in finalist.metrics)
+    assert len(finalists(folder)) == 3
+
+
+def test_finalists_of_another_search_are_left_out(tmp_path: Path) -> None:
+    folder = search(tmp_path)
+    export(folder)
+    assert len(finalists(folder)) == 3
+    (folder / "journal.jsonl").unlink()
+    search(tmp_path, seed=1)
+    assert finalists(folder) == []
+    export(folder)
+    history = read_history(folder)
+    assert len(finalists(folder)) == 3
+    by_hand = Policy(finalists(folder)[0].sites)
+    by_hand.save(folder / "policies/finalist-2.json")
+    assert len(finalists(folder)) == 2
+    for name, value in (("direction", "min"), ("searcher", {"name": "other"}), ("seed", 2), ("recipe", {"sha256": ""})):
+        other = read_history(folder)
+        other.header = {**history.header, name: value if name != "recipe" else {**history.recipe, "sha256": ""}}
+        assert exported(folder, other, ToySpace()) == []
+    assert exported(folder, history, ToySpace(3)) == []
+    # The same search begun again, which has not come to those trials.
+    history.told.clear()
+    assert exported(folder, history, ToySpace()) == []
+
+
+def test_files_with_other_names_are_the_users(tmp_path: Path) -> None:
+    folder = search(tmp_path)
+    export(folder, top=3, seeds=1)
+    copies = ["finalist-1-mine.json", "finalist-01.json", "finalist-0.json", "finalist-.json", "finalist-\u0663.json"]
+    for name in copies:
+        shutil.copy(folder / "policies/finalist-1.json", folder / "policies" / name)
+    assert len(finalists(folder)) == 3
+    export(folder, top=2, seeds=1)
+    names = {path.name for path in (folder / "policies").iterdir()}
+    assert names == {"best.json", "finalist-1.json", "finalist-2.json", *copies}
 
 
 def test_intervals_without_scipy_are_refused_before_anything_is_trained(

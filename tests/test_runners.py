@@ -6,6 +6,7 @@ one core each, on this machine; so that of two workers each is on another node.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import importlib.util
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -41,9 +43,11 @@ from autodropout.search.runners.base import Runner
 from autodropout.search.runners.base import Task
 from autodropout.search.runners.in_process import InProcessRunner
 from autodropout.search.runners.processes import ProcessRunner
+from autodropout.search.runners.ray_cluster import Mailbox
 from autodropout.search.runners.ray_cluster import RayRunner
 from autodropout.search.runners.ray_cluster import _capacity
 from autodropout.search.runners.ray_cluster import _recipe_here
+from autodropout.search.runners.ray_cluster import _Worker
 
 RECIPE = """
 DIRECTION = "max"
@@ -535,11 +539,15 @@ def test_a_node_without_the_recipe_gets_a_copy(recipe: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ProcessRunner(0), "workers must be at least 1, got 0"),
+        (lambda: ProcessRunner(0), r"workers must be an integer in \[1, \d+\], got 0"),
         (lambda: ProcessRunner(1, timeout=0), "timeout must be above 0 and finite, or None, got 0"),
         (lambda: ProcessRunner(1, timeout=math.inf), "timeout must be above 0 and finite, or None, got inf"),
-        (lambda: ProcessRunner(1, memory_limit=0), "memory_limit must be at least 1, or None, got 0"),
-        (lambda: RayRunner(0), "workers must be at least 1, got 0"),
+        (
+            lambda: ProcessRunner(1, memory_limit=0),
+            r"memory_limit must be an integer in \[1, 9223372036854775807\], got 0",
+        ),
+        (lambda: ProcessRunner(1, memory_limit=2**63), "memory_limit must be an integer in .* got 9223372036854775808"),
+        (lambda: RayRunner(0), "workers must be an integer in .* got 0"),
         (lambda: RayRunner(1, cpus_per_trial=0), "cpus_per_trial must be above 0 and finite, got 0"),
         (lambda: RayRunner(1, gpus_per_trial=-1), "gpus_per_trial must be at least 0 and finite, got -1"),
         (lambda: RayRunner(1, timeout=-1), "timeout must be above 0 and finite, or None, got -1"),
@@ -550,10 +558,93 @@ def test_what_must_be_refused(make: Callable[[], Runner], message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("kind", [ProcessRunner, RayRunner])
+@pytest.mark.parametrize(("workers", "got"), [(1.5, "1.5 of type float"), ("2", "'2' of type str"), (True, "True")])
+def test_the_number_of_workers_is_an_integer(kind: Callable[[Any], Runner], workers: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"^workers must be an integer in \[1, \d+\], got {got}"):
+        kind(workers)
+
+
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'autodropout\[ray\]'"):
         RayRunner(1)
+
+
+def test_a_report_of_an_actor_that_is_gone_waits_no_longer_than_until_the_next_begins() -> None:
+    """It would hold one of the calls that the mailbox takes at a time, for ever. Other slots go on."""
+
+    async def play() -> None:
+        mailbox = Mailbox()
+        gone, other = (asyncio.ensure_future(mailbox.report(slot, (slot, 0), 1, 0.5)) for slot in (0, 1))
+        await asyncio.sleep(0)
+        await mailbox.begin(0, (0, 1))
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(gone, 5)
+        await mailbox.answer(0, (0, 0), True)  # of the driver, which does not know yet
+        await mailbox.answer(1, (1, 0), True)
+        assert await asyncio.wait_for(other, 5) is True
+
+    asyncio.run(play())
+
+
+def test_an_answer_reaches_the_task_that_asked_only() -> None:
+    async def play() -> None:
+        mailbox = Mailbox()
+        old, new = (asyncio.ensure_future(mailbox.report(0, (7, attempt), 1, 0.5)) for attempt in (0, 1))
+        assert await mailbox.collect() == [(0, (7, 0), (1, 0.5)), (0, (7, 1), (1, 0.5))]
+        await mailbox.answer(0, (7, 0), False)
+        assert await asyncio.wait_for(old, 5) is False
+        assert not new.done()
+        await mailbox.answer(0, (7, 1), True)
+        assert await asyncio.wait_for(new, 5) is True
+
+    asyncio.run(play())
+
+
+@needs_ray
+def test_reports_of_gone_actors_are_answered_but_not_passed_on() -> None:
+    runner = RayRunner(3)
+    harness = Harness("ray", runner)
+    runner._on_report = harness.on_report
+    answers: list[tuple[int, tuple[int, int], bool]] = []
+    remote = SimpleNamespace(remote=lambda *answer: answers.append(answer))
+    runner._mailbox = SimpleNamespace(answer=remote)
+    # Slot 0 has the next attempt, slot 1 a new actor without a task, slot 2 none yet.
+    runner._workers = {slot: _Worker(None) for slot in (0, 1)}
+    runner._workers[0].task = a_task("pass", 0, attempt=1)
+    gone = [(slot, (slot, 0), report) for slot in range(3) for report in (None, (1, 0.5))]
+    runner._answer(gone)
+    assert answers == [(slot, (slot, 0), False) for slot in range(3)]
+    assert harness.reports == []
+    assert runner._workers[0].since is None
+    runner._answer([(0, (0, 1), None), (0, (0, 1), (2, 0.25))])
+    assert answers[3:] == [(0, (0, 1), True)]
+    assert harness.reports == [(0, 2, 0.25)]
+    assert runner._workers[0].since is not None
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_search_goes_on_after_more_actors_died_while_they_report_than_the_mailbox_takes_calls(
+    tmp_path: Path, recipe: Path, three_nodes: str
+) -> None:
+    import ray
+
+    with RayRunner(1, address=three_nodes, timeout=LIMIT) as runner:
+        harness = Harness("ray", runner)
+        runner.start(str(recipe), harness.on_report)
+        for number in range(5):  # of one slot it takes four calls at a time
+            gate = tmp_path / str(number)
+            code = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nreport(1, 1)"
+            runner.submit(a_task(code, number))
+            wait_until(lambda: runner.wait(0.1) == [] and runner._workers[0].since is not None, "a training begins")
+            gate.touch()
+            assert ray.wait([runner._letters], timeout=PATIENCE)[0], f"report {number} does not arrive"
+            runner._end(0)  # as when it dies before its report is read
+        (outcome,) = drive(runner, [a_task("report(1, 2.5)", 5)])
+        assert isinstance(outcome, Finished)
+        assert harness.reports == [(5, 1, 2.5)]
 
 
 @pytest.mark.slow

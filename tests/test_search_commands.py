@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from search_toys import ToySearcher
+from search_toys import ToySpace
 from search_toys import write_recipe
 from test_cli import fails
 
@@ -18,10 +20,12 @@ from autodropout.cli import main
 from autodropout.search import report
 from autodropout.search import run_folder
 from autodropout.search.commands import _table
+from autodropout.search.driver import start_search
 from autodropout.search.export import Export
 from autodropout.search.export import Finalist
 from autodropout.search.history import TrialHistory
 from autodropout.search.journal import read_journal
+from autodropout.search.recipe import load_recipe
 from autodropout.search.recipe import shipped_recipes
 from autodropout.search.runners.base import Runner
 from autodropout.search.runners.in_process import InProcessRunner
@@ -210,6 +214,25 @@ def test_the_report_of_a_search_that_has_hardly_begun(tmp_path: Path, capsys: py
         checked_page(tmp_path / "run")
 
 
+@pytest.mark.parametrize("settings", [{"kind": "mine"}, {}, {"workers": 3}])
+def test_the_report_of_a_search_with_a_runner_of_ones_own(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, searcher = load_recipe(write_recipe(tmp_path)), ToySearcher(ToySpace())
+    start_search(tmp_path / "run", recipe, searcher, InProcessRunner(), trials=2, runner_settings=settings)
+    assert main(["report", "run"]) == 0
+    workers = "3 workers" if "workers" in settings else "unknown number of workers"
+    assert checked_page(tmp_path / "run").has(f"; {workers} ({settings.get('kind', 'unknown runner')}); ")
+
+
+def test_a_message_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a file whose name is not UTF-8."""
+    recipe = load_recipe(write_recipe(tmp_path, "raise ValueError('caf\\udce9')"))
+    start_search(tmp_path / "run", recipe, ToySearcher(ToySpace()), InProcessRunner(), trials=1, retries=0)
+    assert main(["report", "run"]) == 0
+    assert checked_page(tmp_path / "run").has("ValueError: caf\\udce9")
+
+
 def test_the_controller_with_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_recipe(tmp_path, "for step in (1, 4):\n    report(step, metric)", direction="min")
     words = ["search", "toy.py", "--trials", "36", "--run", "run", "--early-stopping", "1"]
@@ -223,7 +246,7 @@ def test_the_controller_with_early_stopping(tmp_path: Path, capsys: pytest.Captu
     assert page.has("Importance weights, before clipping")
     capsys.readouterr()
     assert main(["resume", "run", "--trials", "40"]) == 0
-    best = min(record["metric"] for record in records(tmp_path / "run", "tell"))
+    best = min(record["metric"] for record in records(tmp_path / "run", "tell") if record["stopped"] is None)
     assert f"best metric {best:.5g} " in capsys.readouterr().out
 
 
@@ -288,6 +311,21 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "run/journal.jsonl").read_bytes() == before
 
 
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_recipe(tmp_path)
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for run in ("taken", "taken/below"):
+        assert fails(["search", "toy.py", "--run", run], capsys) == (
+            f"autodropout: error: --run must be a folder, or a path for one, got {run}: taken is a file"
+        )
+    (tmp_path / "runs").write_text("mine")  # where the default is
+    assert fails(["search", "toy.py"], capsys) == (
+        "autodropout: error: --run must be a folder, or a path for one, got runs/toy-controller-0: runs is a file"
+    )
+    assert taken.read_text() == "mine"
+
+
 def test_errors_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_recipe(tmp_path)
     shipped = ", ".join(shipped_recipes())
@@ -299,8 +337,26 @@ def test_errors_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "raises.py").write_text("1 / 0\n")
     line = fails(["search", "raises.py"], capsys)
     assert line.endswith("raises.py fails with ZeroDivisionError: division by zero")
+    header = "DIRECTION = 'max'\ndef train(policy, seed, report): pass\n"
+    for name, source, message in (
+        ("value", "raise ValueError('boom')", "ValueError: boom"),
+        ("file", "open('nowhere.txt')", "FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.txt'"),
+        ("inner", header + "def space(): raise ValueError('boom')", "ValueError: boom"),
+        ("none", "\0", "source code string cannot contain null bytes"),
+    ):
+        (tmp_path / f"{name}.py").write_text(source)
+        line = fails(["search", f"{name}.py"], capsys)
+        assert line.startswith(f"autodropout: error: the recipe {tmp_path / name}.py fails with ")
+        assert line.endswith(message)
+    # What is checked names the file once.
     (tmp_path / "empty.py").write_text("")
-    assert "must define a function space" in fails(["search", "empty.py"], capsys)
+    assert fails(["search", "empty.py"], capsys) == (
+        f"autodropout: error: recipe {tmp_path / 'empty.py'} must define a function space"
+    )
+    (tmp_path / "toy").write_text("")
+    assert fails(["search", "toy"], capsys) == (
+        f"autodropout: error: recipe must be a Python file, got {tmp_path / 'toy'}"
+    )
     (tmp_path / "none.py").write_text("DIRECTION = 'max'\ndef space(): pass\ndef train(policy, seed, report): pass\n")
     assert "must return a SearchSpace, got None" in fails(["search", "none.py"], capsys)
     for words, message in (
@@ -308,6 +364,10 @@ def test_errors_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--workers", "x"], "argument --workers: must be an integer of at least 1, got 'x'"),
         (["--timeout", "-1"], "argument --timeout: must be a number above 0, got '-1'"),
         (["--memory-limit", "nan"], "argument --memory-limit: must be a number above 0, got 'nan'"),
+        (["--memory-limit", "1e300"], f"--memory-limit must be 1 to {2**63 - 1} bytes, got 1e+300 GiB"),
+        (["--memory-limit", "1e12"], f"--memory-limit must be 1 to {2**63 - 1} bytes, got 1e+12 GiB"),
+        (["--memory-limit", str(2**33)], f"--memory-limit must be 1 to {2**63 - 1} bytes, got 8.58993e+09 GiB"),
+        (["--memory-limit", "1e-12"], f"--memory-limit must be 1 to {2**63 - 1} bytes, got 1e-12 GiB"),
         (["--searcher", "grid"], "argument --searcher: invalid choice: 'grid'"),
         (["--gpus-per-trial", "1"], "--gpus-per-trial needs --ray"),
         (["--ray", "local", "--memory-limit", "1"], "--memory-limit is for processes of this machine, not for --ray"),

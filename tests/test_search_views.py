@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import sys
 from html.parser import HTMLParser
 from importlib.abc import MetaPathFinder
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.textpath import TextPath
 from search_toys import RATES
 from search_toys import ToySpace
 
@@ -24,6 +26,7 @@ from autodropout.search.marginals import marginals
 from autodropout.search.marginals import window_edges
 from autodropout.search.progress import Progress
 from autodropout.search.progress import clock_time
+from autodropout.search.report import _metric_charts
 from autodropout.search.report import _searcher_charts
 from autodropout.search.tensorboard import FOLDER
 from autodropout.search.tensorboard import TensorBoard
@@ -87,7 +90,7 @@ def test_history() -> None:
         0,
     )
     assert [trial.number for trial in history.told] == [1, 0, 3, 4]
-    assert history.best is history.trials[3]
+    assert history.best is history.trials[0]  # trial 3 has no final metric
     assert (History.of(RECORDS[:9]).runner["workers"], history.runner["workers"]) == (1, 2)
     # The 95 s between the last record of the first sitting and the second one are no time of searching.
     assert [trial.ended for trial in history.trials] == [3, 2, 5, 8, 9]
@@ -122,10 +125,10 @@ def test_plain_lines() -> None:
         "2 of 6 trials: best 0.7 (trial 0), mean of last 2 0.6, failed 0, about 0:00:06 left",
         "trial 2 failed and is tried again (raised): ValueError: too much",
         "trial 2 failed (raised): ValueError: too much",
-        # One trial in the three seconds of this sitting, and four are left.
-        "4 of 8 trials: best 0.9 (trial 3), mean of last 3 0.7, entropy 1.25 nats, age 1.5 (at most 3), failed 1, "
+        # No new best, but one half a minute later. One trial in the three seconds of this sitting, and four are left.
+        "4 of 8 trials: best 0.7 (trial 0), mean of last 3 0.7, entropy 1.25 nats, age 1.5 (at most 3), failed 1, "
         "about 0:00:12 left",
-        "5 of 8 trials: best 0.9 (trial 3), mean of last 4 0.675, entropy 1.25 nats, age 1.5 (at most 3), failed 1, "
+        "5 of 8 trials: best 0.7 (trial 0), mean of last 4 0.675, entropy 1.25 nats, age 1.5 (at most 3), failed 1, "
         "about 0:00:06 left",
     ]
 
@@ -162,7 +165,7 @@ def test_the_live_panel_fits_80_columns() -> None:
     words = " ".join(texts)
     for word in (
         "5 of 8",
-        "best 0.9 (trial 3)",
+        "best 0.7 (trial 0)",
         "entropy 1.25 nats",
         "age 1.5",
         "failed 1",
@@ -183,6 +186,18 @@ def test_weights_that_were_not_finite_are_left_out() -> None:
     assert charts([1.0, None, 3.0, 4.0], [2.0]) == charts([1.0, 3.0, 4.0], [2.0])
     assert charts([1.0], [None, None], [2.0]) == charts([1.0], [], [2.0]) != charts([1.0], [0.0], [2.0])
     assert charts([None]) == charts([])
+
+
+def test_best_so_far_is_of_whole_trainings() -> None:
+    """Trial 3, of the largest metric, was stopped."""
+    drawn = Paths(_metric_charts(History.of(RECORDS)))  # the last chart, by time: trials 1, 0, 3, 4
+    _, middle, top, _ = heights = [part.split()[1].split("h")[0] for part in drawn.found["dots s0"][1:].split("M")]
+    assert float(top) < float(middle) < float(heights[0])
+    assert re.findall(r"(?:M[\d.]+ |V)([\d.]+)", drawn.found["line s2"]) == [heights[0], middle, middle, middle]
+    drawn = Paths(
+        _metric_charts(History.of([run(), ask(0, 0), ask(0, 1), tell(1, 0, 0.9, stopped=3), tell(2, 1, 0.4)]))
+    )
+    assert drawn.found["line s2"] == "M" + drawn.found["dots s0"].split("M")[2].removesuffix("h0")
 
 
 def test_live_progress_without_rich_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +233,7 @@ def test_tensorboard(tmp_path: Path) -> None:
         for name in events.Tags()["scalars"]
     }
     assert scalars["trial/metric"] == [(2, 0.7), (4, 0.9), (5, 0.6)]
-    assert scalars["trial/best"] == [(2, 0.7), (4, 0.9), (5, 0.9)]
+    assert scalars["trial/best"] == [(2, 0.7), (4, 0.7), (5, 0.7)]
     assert scalars["trial/failed"] == [(3, 1.0)]
     assert scalars["update/mean_age"] == [(0, 1.5)]
     assert scalars["update/entropy"] == [(0, 1.25)]
@@ -288,6 +303,57 @@ def test_a_chart_of_nothing_and_of_one_value() -> None:
     assert "nothing yet" in xy_chart([Series("a", [], [], "line", 0)], "x", "y", zero=True)
     for value in (0.0, 3.0, -2.0):
         assert "NaN" not in xy_chart([Series("a", [1], [value], "step", 0)], "x", "y")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.0, 100.0],
+        [31.2, 88.5, 1.2e6],
+        [0.91251, 0.91252, 0.912517],
+        [2.1e-6, 3e-6],
+        [-2.5e-7, -1e-7],
+        [100_000.0, 105_000.0],
+        [123_456_789.0, 123_456_790.0],
+        [-1e100, 1e100],
+        [1e100, 1.0000001e100],
+        [0.1, 0.1 + 1e-11],
+        [0.1, 0.1 + 1e-15],
+        [1.0, 1.0 + 2**-52],
+        [1e-300, 3e-300],
+        [-5.0],
+    ],
+)
+def test_labels_of_y_are_whole_different_and_true(values: list[float]) -> None:
+    text = xy_chart([Series("a", list(range(len(values))), values, "dots", 0)], "trial", "metric")
+    ticks = re.findall(r"<text x='([\d.]+)' y='([\d.]+)' text-anchor='end'>([^<]*)<", text)
+    assert 2 <= len(ticks) <= 8
+    for right, _, label in ticks:
+        # Measured in a wide font. The name of the axis stands left of them, in the first 15 units.
+        assert float(right) - TextPath((0, 0), label, size=12).get_extents().width >= 15
+        assert float(right) < 160, "the chart is mostly chart"
+    meant = [float(label.replace("\u2212", "-").replace(",", "")) for _, _, label in ticks]
+    assert len({label for _, _, label in ticks}) == len(set(meant)) == len(ticks)
+    # Ticks are equally far from each other, and so are what they say and where they are.
+    heights = [float(height) for _, height, _ in ticks]
+    for numbers, slack in ((meant, 1e-9 * abs(meant[-1] - meant[0]) + 1e-15 * abs(meant[-1])), (heights, 0.11)):
+        gaps = [b - a for a, b in pairwise(numbers)]
+        assert max(gaps) - min(gaps) <= 2 * slack
+
+
+@pytest.mark.parametrize("values", [[0.0, 5e-324], [5e-324], [-5e-324, 5e-324], [5e-324, 1e-323], [0.0, 1e-322]])
+def test_a_chart_of_values_next_to_zero(values: list[float]) -> None:
+    drawn = Paths(xy_chart([Series("a", list(range(len(values))), values, "line", 0)], "x", "y"))
+    assert "0" in drawn.text
+    assert "nan" not in drawn.found["line s0"]
+
+
+def test_a_wider_margin_moves_the_whole_chart() -> None:
+    drawn = xy_chart([Series("a", [0, 10], [123_456_789, 123_456_790], "line", 0)], "x", "y")
+    left = Paths(drawn).found["line s0"][1:].split()[0]
+    assert float(left) > 52
+    assert set(re.findall(r"class='grid' d='M([\d.]+) ", drawn)) == {left}
+    assert f"<text x='{left}' y='226' text-anchor='middle'>0<" in drawn
 
 
 def test_stacked_shares_fill_the_height() -> None:

@@ -126,10 +126,24 @@ def test_evolution_forgets_the_old_however_good():
     assert searcher.state_dict()["alive"] == [[reward, list(other)] for reward in (1.0, 2.0, 3.0, 0.0)]
 
 
-@pytest.mark.parametrize(("population", "tournament"), [(0, 1), (5, 0), (5, 6)])
-def test_evolution_refuses(population, tournament):
-    with pytest.raises(ValueError, match="must be"):
-        EvolutionSearcher(NESTED, population=population, tournament=tournament)
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("evolution", {"population": 0, "tournament": 1}, r"population must be an integer in \[1, \d+\], got 0"),
+        ("evolution", {"population": 2.5}, r"population must be an integer in .* got 2.5 of type float"),
+        ("evolution", {"population": 5, "tournament": 0}, r"tournament must be an integer in \[1, 5\], got 0"),
+        ("evolution", {"population": 5, "tournament": 6}, r"tournament must be an integer in \[1, 5\], got 6"),
+        ("evolution", {"tournament": "a"}, r"tournament must be an integer in \[1, 50\], got 'a' of type str"),
+        ("evolution", {"seed": 1.5}, r"seed must be an integer in .* got 1.5 of type float"),
+        ("evolution", {"seed": 2**64}, r"seed must be an integer in .* got 18446744073709551616"),
+        ("tpe", {"startup": 0}, r"startup must be an integer in \[1, \d+\], got 0"),
+        ("tpe", {"startup": 1.5}, r"startup must be an integer in .* got 1.5 of type float"),
+        ("tpe", {"seed": "a"}, r"seed must be an integer in .* got 'a' of type str"),
+    ],
+)
+def test_arguments_are_named(name, settings, message):
+    with pytest.raises(TypeError if " of type " in message else ValueError, match=f"^{message}$"):
+        make_searcher(name, NESTED, **settings)
 
 
 def test_tpe_asks_optuna_in_order():

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from bisect import insort
 from typing import Any
 
+from ..patterns.checks import integer
 from .core import DIRECTIONS
 
 
@@ -27,19 +28,15 @@ class Asha:
         reduction: the share that goes on is one in so many, at least 2.
 
     Raises:
-        ValueError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
 
     def __init__(self, direction: str, grace: int, reduction: int = 4) -> None:
         if direction not in DIRECTIONS:
             raise ValueError(f"direction must be one of {', '.join(map(repr, DIRECTIONS))}, got {direction!r}")
-        if grace < 1:
-            raise ValueError(f"grace must be at least 1, got {grace}")
-        if reduction < 2:
-            raise ValueError(f"reduction must be at least 2, got {reduction}")
         self.direction = direction
-        self.grace = grace
-        self.reduction = reduction
+        self.grace = integer("grace", grace, 1, 2**53)
+        self.reduction = integer("reduction", reduction, 2, 2**53)
         self._recorded: set[tuple[int, int]] = set()  # (step of comparison, number)
         self._scores: dict[int, list[float]] = {}  # by step of comparison: ascending, larger is better
         self._stopped: dict[int, int] = {}  # step at which a trial was told to stop, by number

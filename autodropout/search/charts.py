@@ -12,6 +12,13 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 40
 COLOURS = 12
 TICKS = 6
 MARGIN = 0.03  # of the range of y
+NAME, GAP = 16, 6  # what the name of the y axis takes at the left, and what is between labels and axis
+ROOM = 46  # for labels of y: wider ones get exponents, if that makes them less wide
+# Widths of what is not as wide as a digit, in digits. A digit has 0.64 em in the widest of the usual fonts.
+DIGIT, WIDTHS = 0.64 * 12, {",": 0.5, ".": 0.5, "\u2212": 1.32}
+# Values count as one if they differ by less in relation, which is mostly rounding, and as 0 if they are smaller: floats
+# have too few digits there for an axis.
+SAME, ZERO = 1e-12, 1e-300
 
 STYLE = """
 :root { --ink: #1c2128; --muted: #5b6572; --line: #d8dee6; --paper: #ffffff; --panel: #f6f8fa;
@@ -64,8 +71,9 @@ def xy_chart(series: Sequence[Series], x_label: str, y_label: str, zero: bool = 
     if not xs or len(ys) <= zero:
         return f"<p class='none'>{html.escape(y_label)}: nothing yet.</p>"
     margin = MARGIN * (max(ys) - min(ys))  # so that no dot is cut
-    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=all(x == int(x) for x in xs))
     y_axis = _Axis(min(ys) - (0 if zero else margin), max(ys) + margin, HEIGHT - BOTTOM, TOP)
+    left = max(LEFT, NAME + max(_width(label) for _, label in y_axis.ticks(ROOM)) + GAP)
+    x_axis = _Axis(min(xs), max(xs), left, WIDTH - RIGHT, whole=all(x == int(x) for x in xs))
     parts = [_frame(x_axis, y_axis, x_label, y_label)]
     for one in drawn:
         points = [(x_axis(x), y_axis(y)) for x, y in zip(one.x, one.y, strict=True)]
@@ -113,32 +121,55 @@ class _Axis:
     """Values to places, and ticks at round numbers; `whole`: at integers only."""
 
     def __init__(self, low: float, high: float, begin: float, end: float, whole: bool = False) -> None:
-        if high <= low:  # one value
-            low, high = (0.0, 1.0) if low == 0 else (low - 0.01 * abs(low), low + 0.01 * abs(low))
+        size = max(abs(low), abs(high))
+        if size < ZERO:
+            low, high = 0.0, 1.0
+        elif high - low <= SAME * size:  # one value
+            low, high = low - 0.01 * size, high + 0.01 * size
         self.low, self.high, self.begin, self.end = low, high, begin, end
         rough = max((high - low) / TICKS, 1.0 if whole else 0.0)
-        scale = 10.0 ** math.floor(math.log10(rough))
-        self.step = next(scale * nice for nice in (1, 2, 5, 10) if scale * nice >= rough * 0.999)
+        scale = math.floor(math.log10(rough))
+        steps = ((1, scale), (2, scale), (5, scale), (1, scale + 1))
+        self.step = next(step for step in steps if step[0] * 10.0 ** step[1] >= rough * 0.999)
 
     def __call__(self, value: float) -> float:
         return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
 
-    def ticks(self) -> list[tuple[float, str]]:
-        """Places and labels."""
-        first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
-        decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
-        values = [i * self.step for i in range(first, last + 1)]
-        return [(self(value), f"{value:,.{decimals}f}".replace("-", "\u2212")) for value in values]
+    def ticks(self, room: float) -> list[tuple[float, str]]:
+        """Places and labels; these are wider than the room only if they differ too little for anything else."""
+        nice, exponent = self.step
+        step = nice * 10.0**exponent
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        plain = [f"{i * step:,.{max(0, -exponent)}f}".replace("-", "\u2212") for i in range(first, last + 1)]
+        short = [_with_exponent(i * nice, exponent) for i in range(first, last + 1)]
+        widest = [max(_width(label) for label in labels) for labels in (plain, short)]
+        labels = plain if widest[0] <= max(room, widest[1]) else short
+        return [(self(i * step), label) for i, label in enumerate(labels, first)]
+
+
+def _with_exponent(units: int, exponent: int) -> str:
+    """All digits of units * 10**exponent, one of them before the point."""
+    digits = str(abs(units))
+    kept = digits.rstrip("0")
+    if not kept:
+        return "0"
+    mantissa = kept[0] + ("." + kept[1:] if kept[1:] else "")
+    return f"{'-' if units < 0 else ''}{mantissa}e{len(digits) - 1 + exponent}".replace("-", "\u2212")
+
+
+def _width(label: str) -> float:
+    return DIGIT * sum(WIDTHS.get(character, 1.0) for character in label)
 
 
 def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
     parts = []
-    for place, label in y_axis.ticks():
-        parts.append(f"<path class='grid' d='M{LEFT} {place:.1f}H{WIDTH - RIGHT}'/>")
-        parts.append(f"<text x='{LEFT - 6}' y='{place + 4:.1f}' text-anchor='end'>{label}</text>")
-    for place, label in x_axis.ticks():
+    left = x_axis.begin
+    for place, label in y_axis.ticks(ROOM):
+        parts.append(f"<path class='grid' d='M{left:.1f} {place:.1f}H{WIDTH - RIGHT}'/>")
+        parts.append(f"<text x='{left - GAP:.1f}' y='{place + 4:.1f}' text-anchor='end'>{label}</text>")
+    for place, label in x_axis.ticks((x_axis.end - left) / TICKS - GAP):
         parts.append(f"<text x='{place:.1f}' y='{HEIGHT - BOTTOM + 16}' text-anchor='middle'>{label}</text>")
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    middle = (left + WIDTH - RIGHT) / 2
     parts.append(f"<text x='{middle:.0f}' y='{HEIGHT - 6}' text-anchor='middle'>{html.escape(x_label)}</text>")
     upright = f"transform='translate(12 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)' text-anchor='middle'"
     parts.append(f"<text {upright}>{html.escape(y_label)}</text>")

@@ -119,6 +119,10 @@ def _search(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     settings = _runner_settings(arguments)
     path = find_recipe(arguments.recipe)
     folder = arguments.run or Path("runs", f"{path.stem}-{arguments.searcher}-{arguments.seed}")
+    # Not left to TensorBoard's writer, which is the first to write there: its error would not name the option.
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ValueError(f"--run must be a folder, or a path for one, got {folder}: {part} is a file")
     if (folder / FILE).exists():
         raise ValueError(f"{folder} holds a search already: go on with autodropout resume {shlex.quote(str(folder))}")
     recipe, space = open_recipe(path)
@@ -269,7 +273,7 @@ def _runner_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The runner that the arguments ask for, as the journal holds it.
 
     Raises:
-        ValueError: arguments that do not go together.
+        ValueError: arguments that do not go together, or a memory limit that no system takes.
     """
     settings: dict[str, Any] = {"kind": "processes", "workers": arguments.workers, "timeout": arguments.timeout}
     if arguments.ray is not None:
@@ -287,7 +291,12 @@ def _runner_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{option.replace('_', '-')} needs --ray")
     if arguments.workers == 1 and arguments.timeout is None and arguments.memory_limit is None:
         return {"kind": "in-process", "workers": 1}
+    from .runners.processes import LARGEST_LIMIT
+
     limit = arguments.memory_limit
+    # Before it becomes an integer, which it cannot where the product is infinite.
+    if limit is not None and not 1 <= limit * GIB < LARGEST_LIMIT + 1:
+        raise ValueError(f"--memory-limit must be 1 to {LARGEST_LIMIT} bytes, got {limit:g} GiB")
     return {**settings, "memory_limit": None if limit is None else int(limit * GIB)}
 
 

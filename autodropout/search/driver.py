@@ -58,7 +58,8 @@ class SearchResult:
         trials: that were to be proposed in all.
         metrics: of the finished trials, by number.
         failed: numbers of the trials that failed for good.
-        best: number of the finished trial with the best metric, the earliest of equals; None if none is finished.
+        best: number of the finished trial with the best metric, the earliest of equals; None if none is finished. Those
+            that were stopped early have no final metric, and are left out.
         interrupted: by Ctrl-C, so that trials are missing.
     """
 
@@ -214,6 +215,7 @@ class _Driver:
         self.ledger = Ledger()
         self.notices = list(journal.notices)
         self.running: dict[int, Task] = {}
+        self.stopped: set[int] = set()
         self.waiting: deque[int] = deque()
         self.searching = 0.0  # seconds of the searcher's work that no snapshot covers
 
@@ -245,6 +247,8 @@ class _Driver:
 
     def see(self, record: Record, *, replayed: bool) -> None:
         self.ledger.add(record)
+        if record["record"] == "tell" and record["stopped"] is not None:
+            self.stopped.add(record["trial"])
         for observer in self.observers:
             observer(record, replayed)
 
@@ -271,7 +275,8 @@ class _Driver:
         except KeyboardInterrupt:
             interrupted = True
         ledger, sign = self.ledger, 1 if recipe.direction == "max" else -1
-        best = max(ledger.metrics, key=lambda number: (sign * ledger.metrics[number], -number), default=None)
+        whole = ledger.metrics.keys() - self.stopped
+        best = max(whole, key=lambda number: (sign * ledger.metrics[number], -number), default=None)
         folder = self.journal.path.parent
         return SearchResult(folder, ledger.trials, ledger.metrics, tuple(ledger.failed), best, interrupted)
 

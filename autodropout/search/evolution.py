@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from ..patterns.checks import integer
 from .searcher import Proposal
 from .searcher import Sample
 from .searcher import Searcher
@@ -26,18 +27,15 @@ class EvolutionSearcher(Searcher):
         tournament: how many of them, drawn without replacement, compete for each child.
 
     Raises:
+        TypeError: an argument is not an integer.
         ValueError: `population` below 1, or `tournament` outside [1, population].
     """
 
     def __init__(self, space: SearchSpace, seed: int = 0, *, population: int = 50, tournament: int = 10) -> None:
-        super().__init__(space, seed)
-        if population < 1:
-            raise ValueError(f"population must be at least 1, got {population}")
-        if not 1 <= tournament <= population:
-            raise ValueError(f"tournament must be in [1, {population}], the population, got {tournament}")
-        self.population = population
-        self.tournament = tournament
-        self._alive: deque[tuple[float, Choices]] = deque(maxlen=population)  # the oldest first
+        super().__init__(space, integer("seed", seed, -(2**63), 2**64 - 1))
+        self.population = integer("population", population, 1, 2**20)
+        self.tournament = integer("tournament", tournament, 1, self.population)
+        self._alive: deque[tuple[float, Choices]] = deque(maxlen=self.population)  # the oldest first
 
     def propose(self, number: int) -> Proposal:
         generator = random.Random(f"evolution/{self.seed}/{number}")

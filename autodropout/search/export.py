@@ -11,6 +11,7 @@ the chosen one is still the best of a few, and so a little too good: a compariso
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
@@ -80,7 +81,8 @@ def export_policies(
         on_progress: called in between with the trainings that are over, and how many there are.
 
     Raises:
-        ValueError: an argument; no trial is finished, or no retraining; the recipe has changed; as `open_search`.
+        ValueError: an argument; no trial is finished, or no retraining; the recipe has changed; as `open_search` and
+            `retrain`.
         OSError: a file cannot be read or written.
         ImportError: there are intervals to compute, and SciPy is not installed.
     """
@@ -126,15 +128,29 @@ def difference(finalist: Finalist, other: Finalist) -> tuple[float, float | None
     return mean_and_half_width([a - b for a, b in zip(finalist.metrics, other.metrics, strict=True)])
 
 
-def exported(folder: Path) -> list[Policy]:
+def exported(folder: Path, history: History, space: SearchSpace) -> list[Policy]:
     """The finalists that are in the folder of a run, best first; empty before an export.
+
+    Those of another search, which was in the folder before, are left out.
 
     Raises:
         ValueError: a file is not a policy.
         OSError: a file cannot be read.
     """
-    numbered = {int(path.stem.partition("-")[2]): path for path in (folder / FOLDER).glob("finalist-*.json")}
-    return [load_policy(numbered[number]) for number in sorted(numbered)]
+    numbered = _numbered(folder / FOLDER)
+    policies = [load_policy(numbered[number]) for number in sorted(numbered)]
+    origin, trials = _plain(_origin(history, space)), [_found(trial) for trial in history.told]
+    return [
+        policy
+        for policy in policies
+        if origin.items() <= policy.provenance.items() and policy.provenance.get("trial") in trials
+    ]
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    """The files of finalists by rank. A file with another name is not ours, to read or to delete."""
+    found = ((re.fullmatch(r"finalist-([1-9][0-9]*)\.json", path.name), path) for path in folder.glob("*.json"))
+    return {int(match[1]): path for match, path in found if match}
 
 
 def _write(folder: Path, history: History, space: SearchSpace, result: Export, command: Sequence[str]) -> None:
@@ -147,25 +163,20 @@ def _write(folder: Path, history: History, space: SearchSpace, result: Export, c
     folder.mkdir(exist_ok=True)
     for path, policy in {folder / BEST: best, **policies}.items():
         policy.save(path)
-    for old in set(folder.glob("finalist-*.json")) - set(policies):
+    for old in set(_numbered(folder).values()) - set(policies):
         old.unlink()
 
 
 def _provenance(
     history: History, space: SearchSpace, result: Export, finalist: Finalist, rank: int, command: Sequence[str]
 ) -> dict[str, Any]:
-    header, trial = history.header, finalist.trial
+    trial = finalist.trial
     assert trial is not None
     gain, gain_half = difference(finalist, result.off)
     provenance = {
-        "kind": "searched",
-        "recipe": {"name": history.recipe["name"], "sha256": history.recipe["sha256"]},
-        "space": space.fingerprint(),
-        "direction": header["direction"],
-        "searcher": header["searcher"],
-        "seed": header["seed"],
+        **_origin(history, space),
         "trials": {"proposed": len(history.trials), "finished": len(history.told), "failed": history.failed},
-        "trial": {"number": trial.number, "metric": trial.metric},
+        "trial": _found(trial),
         "retrained": {
             "rank": rank,
             "of": len(result.finalists),
@@ -181,6 +192,23 @@ def _provenance(
     }
     copy: dict[str, Any] = _plain(provenance)
     return copy
+
+
+def _origin(history: History, space: SearchSpace) -> dict[str, Any]:
+    """The search, as the provenance of what it found has it."""
+    header = history.header
+    return {
+        "kind": "searched",
+        "recipe": {"name": history.recipe["name"], "sha256": history.recipe["sha256"]},
+        "space": space.fingerprint(),
+        "direction": header["direction"],
+        "searcher": header["searcher"],
+        "seed": header["seed"],
+    }
+
+
+def _found(trial: TrialHistory) -> dict[str, Any]:
+    return {"number": trial.number, "metric": trial.metric}
 
 
 def _estimate(metrics: Sequence[float]) -> dict[str, float | None]:

@@ -88,7 +88,7 @@ class History:
             trial.ended, trial.metric = self.elapsed, record["metric"]
             trial.seconds, trial.stopped = record["seconds"], record["stopped"]
             self.told.append(trial)
-            if self._best is None or self.better(trial, self._best):
+            if trial.stopped is None and (self._best is None or self.better(trial, self._best)):
                 self._best = trial
         elif kind == "fail":
             self.failures.append(record)
@@ -112,7 +112,10 @@ class History:
 
     @property
     def best(self) -> TrialHistory | None:
-        """The finished trial with the best metric, the first told of equals."""
+        """The finished trial with the best metric, the first told of equals.
+
+        A trial that was stopped early has no final metric and is left out.
+        """
         return self._best
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import shlex
 import statistics
 from collections import Counter
@@ -75,8 +76,9 @@ def write_report(folder: Path) -> Path:
     """
     history, _, space = open_search(folder)
     path = folder / FILE
-    text = page(history, space, exported(folder))
-    write_atomically(path, lambda file: file.write(text.encode()))
+    text = page(history, space, exported(folder, history, space))
+    # A message can hold what no encoding has: half of a surrogate pair, for a byte of a file name that is not UTF-8.
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
     return path
 
 
@@ -107,8 +109,10 @@ def _summary(history: History) -> str:
     header, best, over = history.header, history.best, len(history.told) + history.failed
     state = "complete" if over == history.budget else f"{over} of {history.budget} trials are over so far"
     begun = f"begun {header['time'][:16].replace('T', ' ')} UTC"
-    workers = _counted(history.runner["workers"], "worker", "workers")
-    line = f"Searcher {header['searcher']['name']}; {workers} ({history.runner['kind']}); {begun}; {state}."
+    runner = history.runner  # of a search begun in Python: whatever that says of it
+    workers = _counted(runner["workers"], "worker", "workers") if "workers" in runner else "unknown number of workers"
+    kind = runner.get("kind", "unknown runner")
+    line = f"Searcher {header['searcher']['name']}; {workers} ({kind}); {begun}; {state}."
     seconds = [trial.seconds for trial in history.told]
     ages = [age for update in history.updates for age in update["ages"]]
     stopped = sum(trial.stopped is not None for trial in history.told)
@@ -133,12 +137,20 @@ def _metric_charts(history: History) -> str:
 
     def chart(x: Sequence[float], failed: Sequence[float], order: Sequence[int], x_label: str) -> str:
         y = [float(told[i].metric or 0.0) for i in order]
-        best = list(accumulate(y, max if history.sign > 0 else min))
+        # What was stopped has no final metric: it is not the best, and before the first whole training none is.
+        whole = [
+            value if told[i].stopped is None else -history.sign * math.inf for i, value in zip(order, y, strict=True)
+        ]
+        best = [
+            (at, b)
+            for at, b in zip(x, accumulate(whole, max if history.sign > 0 else min), strict=True)
+            if math.isfinite(b)
+        ]
         means = [statistics.fmean(y[max(0, i + 1 - MEAN_OF) : i + 1]) for i in range(len(y))]
         series = [
             Series("a trial", x, y, "dots", 0),
             Series(f"mean of {MEAN_OF}", x, means, "line", 1),
-            Series("best so far", x, best, "step", 2),
+            Series("best so far", [at for at, _ in best], [b for _, b in best], "step", 2),
             Series("failed", failed, [0.0] * len(failed), "marks", 3),
         ]
         return f"<div>{xy_chart(series, x_label, 'metric')}</div>"

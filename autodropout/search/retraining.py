@@ -19,6 +19,7 @@ from ..policy import Policy
 from .history import History
 from .journal import FILE
 from .journal import Journal
+from .journal import JournalError
 from .journal import Record
 from .recipe import Recipe
 from .runners.base import Failed
@@ -69,7 +70,7 @@ def retrain(
         on_progress: called in between.
 
     Raises:
-        JournalError: the journal of the retraining is damaged or in use.
+        JournalError: the journal of the retraining is damaged, in use, or of another recipe.
         OSError: it cannot be written.
     """
     with runner:
@@ -107,7 +108,16 @@ def retrain(
 def _open(folder: Path, recipe: Recipe) -> tuple[Journal, list[Record]]:
     header = {"recipe": {"name": recipe.name, "path": str(recipe.path), "sha256": recipe.sha256}}
     if (folder / FILE).exists():
-        return Journal.open(folder)
+        journal, records = Journal.open(folder)
+        found = records[0]["recipe"]["sha256"]
+        if found != recipe.sha256:
+            journal.close()
+            # Its policies and seeds can be those of this search, and its metrics are not.
+            raise JournalError(
+                f"{folder / FILE} is of another recipe than the search: its sha256 is {found[:12]}..., and that of "
+                f"{recipe.path} is {recipe.sha256[:12]}...; move it away, then export again"
+            )
+        return journal, records
     journal, first = Journal.create(folder, header)
     return journal, [first]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from .asha import Asha
@@ -30,13 +31,19 @@ def open_recipe(path: Path) -> tuple[Recipe, SearchSpace]:
     try:
         recipe = load_recipe(path)
         space = recipe.space()
-    except (ValueError, OSError):
-        raise
     except Exception as error:  # whatever a user's file raises
+        if isinstance(error, ValueError | OSError) and not _running(error):
+            raise
         raise ValueError(f"the recipe {path} fails with {type(error).__name__}: {error}") from error
     if not isinstance(space, SearchSpace):
         raise ValueError(f"space() of the recipe {path} must return a SearchSpace, got {space!r}")
     return recipe, space
+
+
+def _running(error: Exception) -> bool:
+    """Whether the recipe's file or its `space` raised it, and not `load_recipe`, whose messages name the file."""
+    code = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    return load_recipe.__code__ not in code or any(one.co_name == "exec_module" for one in code)
 
 
 def open_search(folder: Path) -> tuple[History, Recipe, SearchSpace]:

@@ -13,6 +13,7 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 from optuna.trial import create_trial
 
+from ..patterns.checks import integer
 from .searcher import Proposal
 from .searcher import Sample
 from .searcher import Searcher
@@ -35,16 +36,15 @@ class TPESearcher(Searcher):
         startup: finished trials below which proposals are uniform.
 
     Raises:
+        TypeError: an argument is not an integer.
         ValueError: `startup` below 1.
     """
 
     packages = ("numpy", "optuna")
 
     def __init__(self, space: SearchSpace, seed: int = 0, *, startup: int = 10) -> None:
-        super().__init__(space, seed)
-        if startup < 1:
-            raise ValueError(f"startup must be at least 1, got {startup}")
-        self.startup = startup
+        super().__init__(space, integer("seed", seed, -(2**63), 2**64 - 1))
+        self.startup = integer("startup", startup, 1, 2**53)
         self._names = [f"{i} {token.kind} of site {token.site}" for i, token in enumerate(space.tokens)]
         self._values = [tuple(range(len(token.values))) for token in space.tokens]
         self._proposed: list[Choices] = []

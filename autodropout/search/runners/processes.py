@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 from typing import Any
 
+from ...patterns.checks import integer
 from .base import Failed
 from .base import Finished
 from .base import OnReport
@@ -30,6 +31,7 @@ from .guard import Guard
 START_SECONDS = 600.0  # most that a worker may take to import what it needs and to load the recipe
 GRACE_SECONDS = 1.0  # between SIGTERM and SIGKILL
 TICK_SECONDS = 0.1  # between two looks at whether a worker is alive and within its limit
+LARGEST_LIMIT = 2**63 - 1  # bytes; setrlimit takes no more
 TAIL_BYTES = 2000  # of what a worker wrote before it died, for the message of the failure
 
 # The driver's own sys.path, before anything is imported: a worker finds what the driver finds. The driver's script is
@@ -54,7 +56,7 @@ class ProcessRunner(Runner):
             is kept only until the runner is closed, for the messages of failures.
 
     Raises:
-        ValueError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
 
     def __init__(
@@ -64,15 +66,13 @@ class ProcessRunner(Runner):
         memory_limit: int | None = None,
         logs: str | os.PathLike[str] | None = None,
     ) -> None:
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.slots = integer("workers", workers, 1, 2**20)
         if timeout is not None and not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be above 0 and finite, or None, got {timeout}")
-        if memory_limit is not None and memory_limit < 1:
-            raise ValueError(f"memory_limit must be at least 1, or None, got {memory_limit}")
+        if memory_limit is not None:
+            memory_limit = integer("memory_limit", memory_limit, 1, LARGEST_LIMIT)
         if memory_limit is not None and sys.platform != "linux":
             raise ValueError(f"memory_limit must be None except on Linux, got {memory_limit}")
-        self.slots = workers
         self._timeout = timeout
         self._memory_limit = memory_limit
         self._logs = None if logs is None else Path(logs)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ...patterns.checks import integer
 from .attempt import attempt
 from .attempt import load
 from .base import Failed
@@ -39,7 +40,7 @@ class RayRunner(Runner):
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
 
     def __init__(
@@ -50,8 +51,7 @@ class RayRunner(Runner):
         address: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.slots = integer("workers", workers, 1, 2**20)
         if not 0 < cpus_per_trial < math.inf:
             raise ValueError(f"cpus_per_trial must be above 0 and finite, got {cpus_per_trial}")
         if not 0 <= gpus_per_trial < math.inf:
@@ -64,7 +64,6 @@ class RayRunner(Runner):
         except ImportError as error:
             message = "the Ray runner needs Ray: pip install 'autodropout[ray]'"
             raise ImportError(message, name=error.name) from error
-        self.slots = workers
         self._ray: Any = ray
         self._cpus = cpus_per_trial
         self._gpus = gpus_per_trial
@@ -164,15 +163,20 @@ class RayRunner(Runner):
         return math.inf if self._timeout is None or worker.since is None else worker.since + self._timeout
 
     def _answer(self, letters: list[Letter]) -> None:
-        """Notes which trainings have begun, and answers reports. An actor that is gone may have left letters."""
+        """Notes which trainings have begun, and answers reports.
+
+        An actor that is gone may have left letters. Its reports are answered as well: a call that waits for ever would
+        hold one of those that the mailbox takes at a time, and without any left nothing arrives here.
+        """
         for slot, task, report in letters:
             worker = self._workers.get(slot)
             if worker is None or worker.task is None or (worker.task.number, worker.task.attempt) != task:
-                continue
-            if report is None:
+                if report is not None:
+                    self._mailbox.answer.remote(slot, task, False)
+            elif report is None:
                 worker.since = time.monotonic()
             elif self._on_report is not None:
-                self._mailbox.answer.remote(slot, self._on_report(task[0], *report))
+                self._mailbox.answer.remote(slot, task, self._on_report(task[0], *report))
 
     def _outcome(self, slot: int) -> Outcome:
         worker = self._workers[slot]
@@ -224,15 +228,18 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._letters: asyncio.Queue[Letter] = asyncio.Queue()
-        self._answers: dict[int, asyncio.Future[bool]] = {}
+        # By slot and task: a slot may have a new actor by the time that an answer for the last one arrives.
+        self._answers: dict[tuple[int, tuple[int, int]], asyncio.Future[bool]] = {}
 
     async def begin(self, slot: int, task: tuple[int, int]) -> None:
+        for key in [key for key in self._answers if key[0] == slot]:
+            self._answers.pop(key).cancel()  # the actor that asked is gone
         self._letters.put_nowait((slot, task, None))
 
     async def report(self, slot: int, task: tuple[int, int], step: int, value: float) -> bool:
         """Waits for the driver's answer."""
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._answers[slot] = answer
+        self._answers[slot, task] = answer
         self._letters.put_nowait((slot, task, (step, value)))
         return await answer
 
@@ -243,9 +250,9 @@ class Mailbox:
             letters.append(self._letters.get_nowait())
         return letters
 
-    async def answer(self, slot: int, go_on: bool) -> None:
-        answer = self._answers.pop(slot)
-        if not answer.done():  # the actor that asked has died
+    async def answer(self, slot: int, task: tuple[int, int], go_on: bool) -> None:
+        answer = self._answers.pop((slot, task), None)
+        if answer is not None and not answer.done():  # else the actor that asked has died
             answer.set_result(go_on)
 
 
