@@ -32,7 +32,7 @@ class EvolutionSearcher(Searcher):
     """
 
     def __init__(self, space: SearchSpace, seed: int = 0, *, population: int = 50, tournament: int = 10) -> None:
-        super().__init__(space, seed)
+        super().__init__(space, integer("seed", seed, -(2**63), 2**64 - 1))
         self.population = integer("population", population, 1, 2**20)
         self.tournament = integer("tournament", tournament, 1, self.population)
         self._alive: deque[tuple[float, Choices]] = deque(maxlen=self.population)  # the oldest first

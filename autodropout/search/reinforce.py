@@ -136,7 +136,7 @@ class ControllerSearcher(Searcher):
         elites: int = 16,
         elite_coefficient: float = 1.0,
     ) -> None:
-        super().__init__(space, seed)
+        super().__init__(space, integer("seed", seed, -(2**63), 2**64 - 1))
         self.batch_size = integer("batch_size", batch_size, 1, 2**20)
         self.learning_rate = real("learning_rate", learning_rate, TINY)
         self.entropy_coefficient = real("entropy_coefficient", entropy_coefficient, 0)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..patterns.checks import integer
 from .space import Choices
 from .space import SearchSpace
 
@@ -57,9 +56,8 @@ class Searcher(ABC):
     packages: tuple[str, ...] = ()
 
     def __init__(self, space: SearchSpace, seed: int = 0) -> None:
-        """Raises TypeError or ValueError, which name it, for a seed that is no integer in [-2^63, 2^64)."""
         self.space = space
-        self.seed = integer("seed", seed, -(2**63), 2**64 - 1)
+        self.seed = seed
 
     @abstractmethod
     def propose(self, number: int) -> Proposal:

@@ -43,7 +43,7 @@ class TPESearcher(Searcher):
     packages = ("numpy", "optuna")
 
     def __init__(self, space: SearchSpace, seed: int = 0, *, startup: int = 10) -> None:
-        super().__init__(space, seed)
+        super().__init__(space, integer("seed", seed, -(2**63), 2**64 - 1))
         self.startup = integer("startup", startup, 1, 2**53)
         self._names = [f"{i} {token.kind} of site {token.site}" for i, token in enumerate(space.tokens)]
         self._values = [tuple(range(len(token.values))) for token in space.tokens]
