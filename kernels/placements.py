@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -130,14 +131,7 @@ def fixed_scale(atlas: Atlas, normalize: str) -> float:
 
 
 def _draw_fake(
-    fields: torch.Tensor,
-    seed: torch.Tensor,
-    n: int,
-    c: int,
-    sides: Sequence[int],
-    share_c: bool,
-    normalize: str,
-    rank: int,
+    fields: torch.Tensor, seed: torch.Tensor, n: int, c: int, sides: Sequence[int], share_c: bool, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     starts = torch.empty((n, 1 if share_c else c), dtype=torch.int32, device=seed.device)
     return starts, torch.empty((), dtype=torch.float64, device=seed.device)

@@ -88,9 +88,8 @@ def _apply(x: torch.Tensor, fields: torch.Tensor, starts: torch.Tensor, scale: t
         return torch.empty_like(x)
     atlas = atlas_of(fields, x.shape[2:])
     if x.dim() == 3:
-        return _apply_on_maps(x.unsqueeze(2), atlas, starts, scale).squeeze_(
-            2
-        )  # no view, which is not changed in place
+        # Not a view of the map, which autograd lets nobody change in place.
+        return _apply_on_maps(x.unsqueeze(2), atlas, starts, scale).squeeze_(2)
     return _apply_on_maps(x, atlas, starts, scale)
 
 
