@@ -26,10 +26,10 @@ def relu_(bn: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: float) ->
     """`bn = relu(bn) * mask * scale`; NaN stays, where it is not dropped."""
     size, factor = bn.numel() * bn.element_size(), factor_of(bn, scale)
     if bn.is_contiguous():
-        planes, *masks = windows(bn, atlas, starts)
+        planes, *masks = windows(bn, atlas, array(starts))
         run(_relu, _relu_in_threads, len(planes), size, planes, *masks, factor)
     else:
-        pixels, *masks = fragments(bn, atlas, starts)
+        pixels, *masks = fragments(bn, atlas, array(starts))
         run(_relu_cl, _relu_cl_in_threads, number_of_fragments(pixels), size, pixels, *masks, factor)
 
 
@@ -40,11 +40,11 @@ def gradient_(bn: torch.Tensor, grad: torch.Tensor, atlas: Atlas, starts: torch.
     """
     size, factor = bn.numel() * bn.element_size(), factor_of(bn, scale)
     if bn.is_contiguous():
-        planes, *masks = windows(bn, atlas, starts)
+        planes, *masks = windows(bn, atlas, array(starts))
         grads = array(grad).reshape(planes.shape)
         run(_gradient, _gradient_in_threads, len(planes), size, planes, grads, *masks, factor)
     else:
-        pixels, *masks = fragments(bn, atlas, starts)
+        pixels, *masks = fragments(bn, atlas, array(starts))
         grads = array(grad.permute(0, 2, 3, 1)).reshape(pixels.shape)
         run(_gradient_cl, _gradient_cl_in_threads, number_of_fragments(pixels), size, pixels, grads, *masks, factor)
 

@@ -122,19 +122,20 @@ def _load_under_any_name(compiler: Any) -> None:
     compiler._cache.load_overload = load_or_not
 
 
-def run(one: Callable[..., Any], several: Callable[..., Any], parts: int, size: int, *arguments: Any) -> None:
+def run(one: Callable[..., Any], several: Callable[..., Any], parts: int, size: int, *arguments: Any) -> Any:
     """`one(*arguments, 0, parts)`, or `several(*arguments, threads)` where `size` bytes are worth several threads."""
     threads = min(torch.get_num_threads(), parts, size // GRAIN)
     if threads <= 1:
         # Also in a data loader's worker, a fork in which OpenMP must not run: PyTorch gives it one thread.
-        one(*arguments, 0, parts)
-        return
+        return one(*arguments, 0, parts)
     with _ONE_LOOP:
         of_numba = _threads_of_numba()
-        before = of_numba.get()
-        of_numba.set(min(threads, of_numba.most))
+        before, now = of_numba.get(), min(threads, of_numba.most)
+        if before == now:
+            return several(*arguments, threads)
+        of_numba.set(now)
         try:
-            several(*arguments, threads)
+            return several(*arguments, threads)
         finally:
             of_numba.set(before)
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from .atlas import Atlas
@@ -21,7 +22,6 @@ from .checks import check_flag
 from .compiled import has_numba
 from .devices import triton_runs_on
 from .masking import host_scalar
-from .masking import scale_of_counts
 from .masking import scale_of_mask
 from .philox import below
 from .philox import philox
@@ -51,22 +51,24 @@ def place(
     Raises:
         TypeError, ValueError: as `tiled_dropout`, naming the argument.
     """
+    fields = fields_of(x, atlas, share_c, normalize)
+    n, c, *sides = x.shape
+    return fields, *drawn(fields, as_seed(seed, x.device), n, c, sides, share_c, normalize, as_rank(rank))
+
+
+def fields_of(x: torch.Tensor, atlas: Atlas | torch.Tensor, share_c: bool, normalize: str) -> torch.Tensor:
+    """The fields of the atlas. Checks these arguments of `tiled_dropout`."""
     check_choice("normalize", normalize, NORMALIZE)
     check_flag("share_c", share_c)
-    n, c, *sides = x.shape
     if isinstance(atlas, torch.Tensor):
         check_atlas_fields(atlas)
-        fields = atlas
+        return atlas
     # Not by its class: imported as `kernels` and as `autodropout.kernels`, this folder has two of that name.
-    elif all(hasattr(atlas, name) for name in ("fields", "sides")):
-        if atlas.sides != tuple(sides):
-            raise ValueError(f"atlas must be of x's {stated(sides)}, got one of a {stated(atlas.sides)}")
-        fields = atlas.fields
-    else:
+    if not (hasattr(atlas, "fields") and hasattr(atlas, "sides")):
         raise TypeError(f"atlas must be an Atlas or a tensor of fields, got {type(atlas).__name__}")
-    seed, rank = as_seed(seed, x.device), as_rank(rank)
-    starts, scale = _drawn(fields, seed, n, c, sides, share_c, normalize, rank)
-    return fields, starts, scale
+    if atlas.sides != tuple(x.shape[2:]):
+        raise ValueError(f"atlas must be of x's {stated(x.shape[2:])}, got one of a {stated(atlas.sides)}")
+    return atlas.fields
 
 
 def _draw(
@@ -93,10 +95,7 @@ def _draw(
     if seed.is_cpu and has_numba():
         from . import tiled_numba
 
-        starts, dropped = tiled_numba.place(n, planes, atlas, int(seed), rank)
-        of_mask = scale_of_counts(starts.numel() * h * w, dropped)
-        scale = of_mask if normalize == "mask" else fixed_scale(atlas, normalize)
-        return starts, host_scalar(scale)
+        return as_tensors(*tiled_numba.draw(atlas, n, planes, normalize, int(seed), rank))
     starts = torch.empty((n, planes), dtype=torch.int32, device=seed.device)
     at_once = max(1, PLACED_AT_ONCE // planes)
     channels = torch.arange(planes, device=seed.device)
@@ -105,6 +104,11 @@ def _draw(
         w0, w1, _, _ = philox(channels[None, :], 0, samples[:, None], rank, seed)
         starts[first : first + at_once] = window_start(below(w0, h), below(w1, w), h)
     return starts, _scale(atlas, starts, normalize)
+
+
+def as_tensors(starts: npt.NDArray[Any], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the compiled loops draw, as `tiled_draw` gives it."""
+    return torch.from_numpy(starts), host_scalar(scale)
 
 
 def window_start(cy: torch.Tensor, cx: torch.Tensor, height: int) -> torch.Tensor:
@@ -137,7 +141,7 @@ def _draw_fake(
     return starts, torch.empty((), dtype=torch.float64, device=seed.device)
 
 
-_drawn = register_op(
+drawn = register_op(
     "tiled_draw(Tensor fields, Tensor seed, SymInt n, SymInt c, SymInt[] sides, bool share_c, str normalize, "
     "SymInt rank) -> (Tensor, Tensor)",
     _draw,

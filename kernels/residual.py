@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from .atlas import Atlas
 from .atlas import atlas_of
@@ -34,7 +33,7 @@ from .registration import register_op
 from .seeds import Seed
 from .self_adjoint import Apply
 from .self_adjoint import register_self_adjoint
-from .unwatched import is_unwatched
+from .unwatched import by_the_shortest_way
 from .unwatched import unwatched_function
 
 # Cells whose masked product is in memory at a time: 1 MB in fp32.
@@ -251,20 +250,8 @@ def _register_add(schema: str, implementation: Callable[..., torch.Tensor], mask
             # Every element is a call of its own with the same seed, and so gets the same mask.
             return torch.stack([apply(one, other, *others) for one, other in zip(*both, strict=True)]), 0
 
-    def apply(*args: Any) -> torch.Tensor:
-        y: torch.Tensor
-        if is_unwatched(args):
-            y = unwatched(*args)
-            return y
-        if not torch.compiler.is_compiling():
-            y = _Eager.apply(*args)
-            return y
-        if forward_ad._current_level >= 0:
-            # Dynamo leaves the graph here, and raises if it must not. Going on would give zeros.
-            raise RuntimeError(f"{name} has no forward-mode derivative inside torch.compile")
-        return traced(*args)
-
     unwatched = unwatched_function(implementation, save, _Eager.backward)
+    apply = by_the_shortest_way(name, unwatched, _Eager.apply, traced)
     register_op(
         schema,
         implementation,

@@ -22,7 +22,7 @@ def add_tiled(
     x: torch.Tensor, residual: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: float
 ) -> None:
     """Writes residual + x * mask * scale to y."""
-    planes, *masks = windows(x, atlas, starts)
+    planes, *masks = windows(x, atlas, array(starts))
     others = (array(t).reshape(planes.shape) for t in (residual, y))
     size = x.numel() * x.element_size()
     run(_planes, _planes_in_threads, len(planes), size, planes, *others, *masks, factor_of(x, scale))

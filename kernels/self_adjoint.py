@@ -16,7 +16,8 @@ import torch
 from torch.autograd import forward_ad
 
 from .registration import register_op
-from .unwatched import is_unwatched
+from .unwatched import by_the_shortest_way
+from .unwatched import is_differentiated
 from .unwatched import unwatched_function
 
 Apply = Callable[..., torch.Tensor]  # (x, *others) -> y
@@ -59,19 +60,15 @@ def register_self_adjoint(schema: str, implementation: Apply, over_batch: OverBa
         y: torch.Tensor = getattr(torch.ops.autodropout, name)(*args)
         return y
 
-    def apply(*args: Any) -> torch.Tensor:
-        y: torch.Tensor
-        if is_unwatched(args):
-            differentiated = args[0].requires_grad and torch.is_grad_enabled()
-            y = unwatched(*args) if differentiated else implementation(*args)
-            return y
-        if not torch.compiler.is_compiling():
-            y = traced(*args) if _is_constant(args[0]) else _Eager.apply(*args)
-            return y
-        if forward_ad._current_level >= 0:
-            # Dynamo leaves the graph here, and raises if it must not. Going on would give zeros.
-            raise RuntimeError(f"{name} has no forward-mode derivative inside torch.compile")
-        return traced(*args)
+    def short(*args: Any) -> torch.Tensor:
+        y: torch.Tensor = unwatched(*args) if is_differentiated(args[0]) else implementation(*args)
+        return y
+
+    def eager(*args: Any) -> torch.Tensor:
+        y: torch.Tensor = traced(*args) if _is_constant(args[0]) else _Eager.apply(*args)
+        return y
+
+    apply = by_the_shortest_way(name, short, eager, traced)
 
     class _Eager(torch.autograd.Function):
         @staticmethod
@@ -111,7 +108,7 @@ def _is_constant(x: torch.Tensor) -> bool:
     """Whether nobody differentiates by x, as in the last backward: a Function costs more than the op on a small x."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    return not (x.requires_grad and torch.is_grad_enabled())
+    return not is_differentiated(x)
 
 
 def _element_by_element(apply: Apply, x: torch.Tensor, *others: Any) -> torch.Tensor:

@@ -19,6 +19,8 @@ twin below.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -30,10 +32,17 @@ from .compiled import is_dense
 from .devices import triton_runs_on
 from .masking import compute_type
 from .masking import is_finite
-from .placements import place
+from .placements import as_tensors
+from .placements import drawn
+from .placements import fields_of
 from .seeds import Seed
+from .seeds import as_number
+from .seeds import as_rank
+from .seeds import as_seed
 from .self_adjoint import Apply
 from .self_adjoint import register_self_adjoint
+from .unwatched import is_differentiated
+from .unwatched import is_unwatched
 
 # Cells of mask in memory at a time where they cannot be gathered into the output: so many, or one in 64 of a large
 # output.
@@ -77,7 +86,41 @@ def tiled_dropout(
     check_activation(x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must have 4 dimensions (N, C, H, W) or 3 (N, C, L), got shape {tuple(x.shape)}")
-    return _differentiable(x, *place(x, atlas, seed, share_c, normalize, rank))
+    fields, rank = fields_of(x, atlas, share_c, normalize), as_rank(rank)
+    n, c, *sides = x.shape
+    if is_unwatched((x, atlas, seed)) and _in_loops(x):
+        known = atlas_of(atlas, sides) if isinstance(atlas, torch.Tensor) else atlas
+        arguments = x, known, 1 if share_c else c, normalize, as_number(seed), rank
+        y: torch.Tensor = _AtOnce.apply(*arguments) if is_differentiated(x) else _loops().drop(*arguments)[0]
+        return y
+    return _differentiable(x, fields, *drawn(fields, as_seed(seed, x.device), n, c, sides, share_c, normalize, rank))
+
+
+# ---- draw and apply, for eager code on the CPU at which nothing looks on (unwatched.py) ------------------------------
+
+
+class _AtOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, atlas: Atlas, *others: Any) -> torch.Tensor:
+        y: torch.Tensor
+        y, starts, scale = _loops().drop(x, atlas, *others)
+        ctx.save_for_backward(atlas.fields, *as_tensors(starts, scale))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _differentiable(grad, *ctx.saved_tensors), None, None, None, None, None
+
+
+@lru_cache(maxsize=1)
+def _loops() -> Any:
+    from . import tiled_numba
+
+    return tiled_numba
+
+
+def _in_loops(x: torch.Tensor) -> bool:
+    return x.is_cpu and x.numel() > 0 and is_dense(x) and has_numba()
 
 
 # ---- apply: the masked product -------------------------------------------------------------------------------------
@@ -127,10 +170,8 @@ def _apply_on_cpu(x: torch.Tensor, atlas: Atlas, starts: torch.Tensor, scale: to
     n, c, h, w = x.shape
     y = torch.empty_like(x)
     factor = scale.item()
-    if has_numba() and is_dense(x):
-        from . import tiled_numba
-
-        tiled_numba.apply(x, y, atlas, starts, factor)
+    if _in_loops(x):
+        _loops().apply(x, y, atlas, starts.numpy(), factor)
         return y
     # In 16 bits the mask cannot carry the scale without rounding it: it multiplies by 0 and 1, the scale follows.
     carries_scale = x.dtype == compute_type(x)

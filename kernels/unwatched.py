@@ -61,6 +61,10 @@ def is_unwatched(args: tuple[Any, ...]) -> bool:
     return True
 
 
+def is_differentiated(x: torch.Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 def unwatched_function(
     implementation: Callable[..., Any], save: Callable[..., object], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -82,3 +86,28 @@ def unwatched_function(
     _Unwatched.backward = staticmethod(backward)  # type: ignore[method-assign]
     apply: Callable[..., Any] = _Unwatched.apply
     return apply
+
+
+def by_the_shortest_way(
+    name: str, short: Callable[..., Any], eager: Callable[..., Any], traced: Callable[..., Any]
+) -> Callable[..., Any]:
+    """An op as a function of its arguments, by position.
+
+    Args:
+        name: of the op, for errors.
+        short: where nothing looks on.
+        eager: where something does, outside torch.compile: a Function that knows how it is differentiated.
+        traced: inside torch.compile: the op of torch.library.
+    """
+
+    def op(*args: Any) -> Any:
+        if is_unwatched(args):
+            return short(*args)
+        if not torch.compiler.is_compiling():
+            return eager(*args)
+        if forward_ad._current_level >= 0:
+            # Dynamo leaves the graph here, and raises if it must not. Going on would give zeros.
+            raise RuntimeError(f"{name} has no forward-mode derivative inside torch.compile")
+        return traced(*args)
+
+    return op

@@ -12,10 +12,9 @@ from typing import Any
 from typing import NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from .registration import register_op
-from .unwatched import is_unwatched
+from .unwatched import by_the_shortest_way
 from .unwatched import unwatched_function
 
 
@@ -64,7 +63,7 @@ def register_with_backward(
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
-            return differentiated(ctx, call_backward_in_eager, grad)
+            return differentiated(ctx, op_of_backward, grad)
 
     class _EagerBackward(torch.autograd.Function):
         setup_context = staticmethod(save_for_second)
@@ -76,27 +75,14 @@ def register_with_backward(
 
     unwatched = unwatched_function(forward.implementation, save, _Eager.backward)
     unwatched_backward = unwatched_function(backward.implementation, save_for_second, second_backward)
-
-    def call_backward_in_eager(*args: Any) -> Any:
-        if is_unwatched(args):
-            return unwatched_backward(*args)
-        # Compiled autograd traces this, and no Function in it.
-        return call_backward(*args) if torch.compiler.is_compiling() else _EagerBackward.apply(*args)
+    op = by_the_shortest_way(name, unwatched, _Eager.apply, call)
+    # Compiled autograd traces this, and no Function in it.
+    op_of_backward = by_the_shortest_way(backward_name, unwatched_backward, _EagerBackward.apply, call_backward)
 
     def traced(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
         return differentiated(ctx, call_backward, grad)
 
     register_op(*forward[:3], setup_context=save, backward=traced)
     register_op(*backward[:3], setup_context=save_for_second, backward=second_backward)
-
-    def op(*args: Any) -> Any:
-        if is_unwatched(args):
-            return unwatched(*args)
-        if not torch.compiler.is_compiling():
-            return _Eager.apply(*args)
-        if forward_ad._current_level >= 0:
-            # Dynamo leaves the graph here, and raises if it must not. Going on would give zeros.
-            raise RuntimeError(f"{name} has no forward-mode derivative")
-        return call(*args)
 
     return op

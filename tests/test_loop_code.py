@@ -30,14 +30,15 @@ atlas = Atlas.of(0.25, 0.25, 3, 30.0, 0.0, 0.0, 16, 16)
 tiled_dropout_add(maps, maps, atlas)
 for x in (maps, maps.to(memory_format=torch.channels_last)):
     batch_norm_pattern_relu(x.clone().requires_grad_(), None, None, None, None, atlas).backward(x)
-    tiled_dropout(x, atlas)
+    tiled_dropout(x.requires_grad_(), atlas).backward(x)
+    x = x.detach()
     block_dropout(x, (0.1, 3))
     bernoulli_dropout(x, 0.1)
 for share_c in (False, True):
     token_dropout(tokens, (2, 1, 0.5), share_c=share_c)
     token_dropout(weights, (2, 1, 0.5), layout="NHQK", share_c=share_c)
 loops = {
-    tiled_numba: ("_planes", "_fragments"),
+    tiled_numba: ("_planes", "_drop", "_fragments"),
     block_numba: ("_planes", "_rows"),
     batch_norm_numba: ("_relu", "_gradient", "_relu_cl", "_gradient_cl"),
     bernoulli_numba: ("_runs", "_places"),
@@ -63,7 +64,7 @@ def test_products_are_vectors_and_reads_are_not_masked(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     loops = [line.split() for line in run.stdout.splitlines()]
-    assert len(loops) == 14
+    assert len(loops) == 15
     for module, name, products, masked in loops:
         assert int(products) > 0, (module, name)
         assert masked == "False", (module, name)

@@ -6,6 +6,8 @@ here for the other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from plain_torch import without_numba
@@ -17,6 +19,7 @@ from tiled_cases import kept_of
 from tiled_cases import large_cases
 from tiled_cases import random_cases
 from tiled_cases import same
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autodropout import TiledPattern
 from autodropout import pattern_dropout
@@ -26,6 +29,13 @@ pytest.importorskip("numba", reason="needs Numba")
 
 CASES = [*random_cases(120, seed=20261124, longest=64), *large_cases(seed=3)]
 NORMALIZE = ["mask", "expected", "none"]
+
+
+class Watching(TorchDispatchMode):
+    """Where it is on, draw and product are two ops."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def dropped(x: torch.Tensor, case: Case, normalize: str) -> torch.Tensor:
@@ -41,9 +51,12 @@ def test_equals_the_twin_and_pytorch(i: int) -> None:
         if (i + j) % 2:
             x = x.contiguous(memory_format=torch.channels_last)
         y = dropped(x, case, normalize)
+        with Watching():
+            of_two_ops = dropped(x, case, normalize)
         with without_numba():
             plain = dropped(x, case, normalize)
-        assert y.stride() == plain.stride() == x.stride()
+        assert y.stride() == of_two_ops.stride() == plain.stride() == x.stride()
+        assert torch.equal(y, of_two_ops)
         assert torch.equal(y, plain)
         assert same(y, expected_output(x, case, normalize))
 

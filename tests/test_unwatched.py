@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,9 @@ from autodropout.kernels import tiled_dropout
 from autodropout.kernels import tiled_dropout_add
 from autodropout.kernels import token_attention
 from autodropout.kernels import token_dropout
+from autodropout.kernels.seeds import Seed
+from autodropout.kernels.seeds import as_number
+from autodropout.kernels.seeds import as_seed
 from autodropout.kernels.unwatched import is_unwatched
 
 ATLAS = Atlas.of(0.5, 0.25, 2, 30.0, 0.0, 0.0, 4, 4)
@@ -234,3 +238,34 @@ def test_whose_tensors_are_watched() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.trace(ask, (x,), check_trace=False)
     assert seen == [False] * 5
+
+
+@pytest.mark.parametrize("seed", [None, 5, -1, 2**64 - 1, torch.tensor(-(2**63))])
+def test_seeds_are_the_same_as_numbers(seed: Seed) -> None:
+    """And take as much from PyTorch's generator."""
+    drawn = []
+    for number_of in (as_number, lambda seed: int(as_seed(seed, torch.device("cpu")))):
+        torch.manual_seed(3)
+        drawn.append([number_of(seed) % 2**64, number_of(seed) % 2**64, torch.rand(()).item()])
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(("seed", "error"), [(True, TypeError), (1.0, TypeError), (2**64, ValueError)])
+def test_a_seed_that_is_none_is_refused(seed: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="seed must be"):
+        as_number(seed)
+
+
+def test_threads_draw_seeds_of_their_own() -> None:
+    """From one generator, every one once, whichever thread draws it."""
+    torch.manual_seed(4)
+    alone = {as_number(None) for _ in range(400)}
+    torch.manual_seed(4)
+    with ThreadPoolExecutor(4) as pool:
+        together = [
+            number
+            for numbers in pool.map(lambda _: [as_number(None) for _ in range(100)], range(4))
+            for number in numbers
+        ]
+    assert len(together) == 400
+    assert set(together) == alone
