@@ -4,8 +4,8 @@ pytest-benchmark times one function at a time, minutes apart from the next. Here
 run of every contender, so that all see the same machine. Its own figure is the wall time of ours.
 
 And the same heap: whether a contender gets warm pages or faults new ones in depends on what its predecessor freed,
-which is worth a factor of four at 20 MB. So an untimed run of the unit, the first peer, goes before everything timed,
-and the contenders change their order from round to round.
+which is worth a factor of four at 20 MB. So what is freed is kept (heap.py), an untimed run of the unit, the first
+peer, goes before everything timed, and the contenders change their order from round to round.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from clock import ON_GPU
 from clock import Contender
 from clock import seconds
+from heap import keep_freed_memory
 
 # On a GPU a round takes milliseconds: 10 warm up, 150 are timed.
 GPU_ROUNDS, GPU_WARMUP = 150, 10
@@ -38,6 +39,7 @@ def interleaved(benchmark: Any, ours: Contender, peers: dict[str, Contender], ro
 
     The first of the peers is the unit. The first rounds of everything warm up and are thrown away.
     """
+    keep_freed_memory()
     contenders = peers | {"ours": ours}
     runs: dict[str, list[float]] = {name: [] for name in contenders}
     unit = next(iter(peers.values()))
@@ -63,10 +65,7 @@ def interleaved(benchmark: Any, ours: Contender, peers: dict[str, Contender], ro
 
 
 def rounds_for(x: torch.Tensor) -> int:
-    """Rounds on the CPU for contenders of this activation: more for small ones.
-
-    At 21 MB a third of the runs, whose ever, waits for the system's new pages.
-    """
+    """Rounds on the CPU for contenders of this activation: more for small ones, which noise moves more."""
     return 61 if x.numel() < 1 << 23 else max(5, 125_000_000 // x.numel())
 
 
