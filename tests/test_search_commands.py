@@ -223,6 +223,10 @@ def test_the_report_of_a_search_with_a_runner_of_ones_own(
     assert main(["report", "run"]) == 0
     workers = "3 workers" if "workers" in settings else "unknown number of workers"
     assert checked_page(tmp_path / "run").has(f"; {workers} ({settings.get('kind', 'unknown runner')}); ")
+    capsys.readouterr()
+    for command in (["resume", "run", "--trials", "3"], ["resume", "run", "--trials", "3", "--workers", "2"]):
+        said = fails(command, capsys)
+        assert f"runner.kind must be in-process, processes or ray, got {settings.get('kind')!r}" in said
 
 
 def test_a_message_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

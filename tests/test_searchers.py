@@ -136,6 +136,7 @@ def test_evolution_forgets_the_old_however_good():
         ("evolution", {"tournament": "a"}, r"tournament must be an integer in \[1, 50\], got 'a' of type str"),
         ("evolution", {"seed": 1.5}, r"seed must be an integer in .* got 1.5 of type float"),
         ("evolution", {"seed": 2**64}, r"seed must be an integer in .* got 18446744073709551616"),
+        ("random", {"seed": 1.5}, r"seed must be an integer in .* got 1.5 of type float"),
         ("tpe", {"startup": 0}, r"startup must be an integer in \[1, \d+\], got 0"),
         ("tpe", {"startup": 1.5}, r"startup must be an integer in .* got 1.5 of type float"),
         ("tpe", {"seed": "a"}, r"seed must be an integer in .* got 'a' of type str"),

@@ -304,7 +304,7 @@ def _other_workers(settings: dict[str, Any], workers: int | None) -> dict[str, A
     """The same runner with another number of workers; None: the same number."""
     if workers is None:
         return settings
-    if settings["kind"] == "in-process" and workers > 1:
+    if settings.get("kind") == "in-process" and workers > 1:
         return {"kind": "processes", "workers": workers}
     return {**settings, "workers": workers}
 

@@ -88,7 +88,7 @@ def make_runner(settings: Mapping[str, Any], folder: Path) -> Runner:
         ImportError: Ray is needed and not installed.
     """
     arguments = dict(settings)
-    kind, workers = arguments.pop("kind"), arguments.pop("workers")
+    kind, workers = arguments.pop("kind", None), arguments.pop("workers", 1)
     if kind == "in-process":
         from .runners.in_process import InProcessRunner
 
