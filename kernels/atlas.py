@@ -13,6 +13,7 @@ from functools import cached_property
 from functools import lru_cache
 from numbers import Integral
 from numbers import Real
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,7 @@ class Atlas:
     """
 
     def __init__(self, values: tuple[float, ...], sides: tuple[int, ...]) -> None:
-        # Cached, and saved for backward: an ordinary tensor, whatever mode or transform is on when it is made.
+        # Cached, and saved for backward: an ordinary tensor, also where inference mode is on when it is made.
         with torch.inference_mode(False):
             self.fields = torch.from_numpy(np.array(values, dtype=np.float64))
         self.sides = sides
@@ -116,11 +117,39 @@ class Atlas:
         by_start[:, : self.height] = self.counts[::-1].T
         return torch.from_numpy(by_start.reshape(-1))
 
+    @cached_property
+    def on_cpu(self) -> HostTables:
+        """What the loops over contiguous activations need (see tiled_numba.py)."""
+        height, width, flat = self.height, self.width, self.kept_flat
+        counts = self.counts_by_start.numpy()
+        if flat is None:
+            return HostTables(counts, ~self.dropped.reshape(-1), 1, height, width, 2 * width - 1)
+        return HostTables(counts, flat.numpy(), width, 1, height * width, 0)
+
     def on(self, device: torch.device) -> DeviceTables:
         """What a kernel on `device` needs, copied there once."""
         if device not in self._on_device:
             self._on_device[device] = DeviceTables(self, device)
         return self._on_device[device]
+
+
+class HostTables(NamedTuple):
+    """The atlas in the form that the compiled loops of the CPU read.
+
+    Attributes:
+        counts: `Atlas.counts_by_start`.
+        kept: cells of mask, 1 = kept.
+        step: cells from one start to the next in `kept`.
+        rows, row_cells: runs of cells that make a plane, and their length. One while the flat table fits.
+        pitch: cells of mask from one run to the next.
+    """
+
+    counts: npt.NDArray[np.int32]
+    kept: npt.NDArray[np.bool_]
+    step: int
+    rows: int
+    row_cells: int
+    pitch: int
 
 
 class DeviceTables:

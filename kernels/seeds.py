@@ -55,6 +55,8 @@ def as_number(seed: Seed) -> int:
     What is drawn is drawn into a tensor that is there. That takes 0.03 ms less once other work has emptied the cache.
     """
     if seed is None:
+        if _OF_THREAD.seed is None:  # not at import, which may be under a mode that makes other tensors
+            _OF_THREAD.seed = torch.empty((), dtype=torch.int64, device=CPU)
         return int(_OF_THREAD.seed.random_(*SEEDS))
     if isinstance(seed, torch.Tensor):
         return int(as_seed(seed, CPU))
@@ -63,8 +65,7 @@ def as_number(seed: Seed) -> int:
 
 
 class _OfThread(threading.local):
-    def __init__(self) -> None:
-        self.seed = torch.empty((), dtype=torch.int64, device=CPU)
+    seed: torch.Tensor | None = None
 
 
 _OF_THREAD = _OfThread()

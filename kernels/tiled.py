@@ -89,9 +89,8 @@ def tiled_dropout(
     fields, rank = fields_of(x, atlas, share_c, normalize), as_rank(rank)
     n, c, *sides = x.shape
     if is_unwatched((x, atlas, seed)) and _in_loops(x):
-        known = atlas_of(atlas, sides) if isinstance(atlas, torch.Tensor) else atlas
-        arguments = x, known, 1 if share_c else c, normalize, as_number(seed), rank
-        y: torch.Tensor = _AtOnce.apply(*arguments) if is_differentiated(x) else _loops().drop(*arguments)[0]
+        others = atlas_of(fields, sides), 1 if share_c else c, normalize, as_number(seed), rank
+        y: torch.Tensor = _AtOnce.apply(x, fields, *others) if is_differentiated(x) else _loops().drop(x, *others)[0]
         return y
     return _differentiable(x, fields, *drawn(fields, as_seed(seed, x.device), n, c, sides, share_c, normalize, rank))
 
@@ -101,15 +100,15 @@ def tiled_dropout(
 
 class _AtOnce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, atlas: Atlas, *others: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, fields: torch.Tensor, *others: Any) -> torch.Tensor:
         y: torch.Tensor
-        y, starts, scale = _loops().drop(x, atlas, *others)
-        ctx.save_for_backward(atlas.fields, *as_tensors(starts, scale))
+        y, starts, scale = _loops().drop(x, *others)
+        ctx.save_for_backward(fields, *as_tensors(starts, scale))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _differentiable(grad, *ctx.saved_tensors), None, None, None, None, None
+        return _differentiable(grad, *ctx.saved_tensors), *[None] * 6
 
 
 @lru_cache(maxsize=1)

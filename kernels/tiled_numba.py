@@ -7,16 +7,13 @@ there a byte holds 8 cells (`DeviceTables.fragments`).
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from numba import prange
 
-from .atlas import CACHED
 from .atlas import Atlas
 from .compiled import array
 from .compiled import factor_of
@@ -39,34 +36,6 @@ Windows = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], int, int]
 Fragments = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], int, int, int]
 
 
-class Table(NamedTuple):
-    """An atlas as the loops read it.
-
-    Attributes:
-        counts: `Atlas.counts_by_start`.
-        kept: cells of mask, 1 = kept.
-        step: cells from one start to the next in `kept`.
-        rows, row_cells: runs of cells that make a plane, and their length. One where the table is flat.
-        pitch: cells of mask from one run to the next.
-    """
-
-    counts: npt.NDArray[Any]
-    kept: npt.NDArray[Any]
-    step: int
-    rows: int
-    row_cells: int
-    pitch: int
-
-
-@lru_cache(maxsize=CACHED)
-def table_of(atlas: Atlas) -> Table:
-    height, width, flat = atlas.height, atlas.width, atlas.kept_flat
-    counts = array(atlas.counts_by_start)
-    if flat is None:
-        return Table(counts, ~atlas.dropped.reshape(-1), 1, height, width, 2 * width - 1)
-    return Table(counts, array(flat), width, 1, height * width, 0)
-
-
 # ---- draw ----------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +53,7 @@ def draw(
 def _drawing(atlas: Atlas, normalize: str, seed: int, rank: int) -> tuple[Any, ...]:
     """What `_draw` takes besides the starts."""
     fixed = -1.0 if normalize == "mask" else fixed_scale(atlas, normalize)
-    return table_of(atlas).counts, atlas.height, atlas.width, rank, *key(seed), fixed
+    return atlas.on_cpu.counts, atlas.height, atlas.width, rank, *key(seed), fixed
 
 
 @loop
@@ -123,7 +92,7 @@ def apply(x: torch.Tensor, y: torch.Tensor, atlas: Atlas, starts: npt.NDArray[An
 
 def windows(x: torch.Tensor, atlas: Atlas, starts: npt.NDArray[Any]) -> Windows:
     """A contiguous x as planes, and where they find their masks."""
-    table = table_of(atlas)
+    table = atlas.on_cpu
     planes = array(x).reshape(-1, table.rows, table.row_cells)
     return planes, table.kept, _first_cells(atlas, starts).reshape(-1), table.step, table.pitch
 
@@ -246,12 +215,10 @@ def _drop(
     return scale
 
 
-@parallel_loop
+@loop
 def _drop_in_threads(
     x, y, kept, first, step, pitch, carries_scale, starts, counts, height, width, rank, low, high, fixed, threads
 ):
     scale = _draw(starts, counts, height, width, rank, low, high, fixed)
-    factor, planes = x.dtype.type(scale if carries_scale else 1.0), x.shape[0]
-    for t in prange(threads):
-        _planes(x, y, kept, first, step, pitch, factor, planes * t // threads, planes * (t + 1) // threads)
+    _planes_in_threads(x, y, kept, first, step, pitch, x.dtype.type(scale if carries_scale else 1.0), threads)
     return scale

@@ -15,6 +15,7 @@ import torch
 
 from .registration import register_op
 from .unwatched import by_the_shortest_way
+from .unwatched import is_unwatched
 from .unwatched import unwatched_function
 
 
@@ -76,8 +77,12 @@ def register_with_backward(
     unwatched = unwatched_function(forward.implementation, save, _Eager.backward)
     unwatched_backward = unwatched_function(backward.implementation, save_for_second, second_backward)
     op = by_the_shortest_way(name, unwatched, _Eager.apply, call)
-    # Compiled autograd traces this, and no Function in it.
-    op_of_backward = by_the_shortest_way(backward_name, unwatched_backward, _EagerBackward.apply, call_backward)
+
+    def op_of_backward(*args: Any) -> Any:
+        if is_unwatched(args):
+            return unwatched_backward(*args)
+        # Compiled autograd traces this, and no Function in it.
+        return call_backward(*args) if torch.compiler.is_compiling() else _EagerBackward.apply(*args)
 
     def traced(ctx: Any, grad: torch.Tensor | None, *_: None) -> Any:
         return differentiated(ctx, call_backward, grad)

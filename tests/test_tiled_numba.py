@@ -6,6 +6,9 @@ here for the other.
 
 from __future__ import annotations
 
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autodropout import TiledPattern
 from autodropout import pattern_dropout
+from autodropout.kernels import Atlas
 from autodropout.kernels import tiled_dropout
 
 pytest.importorskip("numba", reason="needs Numba")
@@ -93,3 +97,35 @@ def test_what_is_dropped_is_zero_whatever_it_was(dtype: torch.dtype, layout: tor
         assert torch.equal(y, kept.to(dtype))
     x = torch.full(kept.shape, float("nan"), dtype=dtype).contiguous(memory_format=layout)
     assert torch.equal(dropped(x, case, "none").isnan(), kept)
+
+
+def test_forward_and_backward_go_by_the_same_fields() -> None:
+    """Also by those of an atlas, which is kept for all that ask for it, and whose fields somebody has changed."""
+    atlas = Atlas.of(0.24, 0.26, 3, 31.0, 0.0, 0.0, 16, 16)
+    before, x = atlas.fields.clone(), torch.ones(2, 3, 16, 16, requires_grad=True)
+    try:
+        atlas.fields[0] = 0.5
+        y = tiled_dropout(x, atlas, 1)
+        y.sum().backward()
+    finally:
+        atlas.fields.copy_(before)
+    assert x.grad is not None
+    assert torch.equal(x.grad, y)
+    assert torch.equal(y, tiled_dropout(x, Atlas.of(0.5, 0.26, 3, 31.0, 0.0, 0.0, 16, 16), 1))
+
+
+def test_fields_that_change_before_backward_are_noticed() -> None:
+    fields = Atlas.of(0.25, 0.25, 3, 30.0, 0.0, 0.0, 16, 16).fields.clone()
+    y = tiled_dropout(torch.ones(2, 3, 16, 16, requires_grad=True), fields, 1)
+    fields[0] = 0.5
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_an_atlas_dies_with_its_owner() -> None:
+    atlas = pickle.loads(pickle.dumps(Atlas.of(0.25, 0.25, 3, 30.0, 0.0, 0.0, 9, 9)))
+    tiled_dropout(torch.ones(2, 3, 9, 9), atlas, 1)
+    alive = weakref.ref(atlas)
+    del atlas
+    gc.collect()
+    assert alive() is None

@@ -269,3 +269,22 @@ def test_threads_draw_seeds_of_their_own() -> None:
         ]
     assert len(together) == 400
     assert set(together) == alone
+
+
+@pytest.mark.parametrize("first", ["with torch.inference_mode(): {}", "torch.export.export(Model(), (x,))"])
+def test_the_first_call_may_be_under_a_mode(first: str) -> None:
+    """The folder of the ops is imported by the first call: nothing that is kept may be made under its mode."""
+    call = "autodropout.pattern_dropout(x, autodropout.TiledPattern(0.2))"
+    code = f"""
+import torch, autodropout
+x = torch.ones(2, 4, 8, 8)
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return {call}
+
+{first.format(call)}
+assert {call}.count_nonzero() < x.numel()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
