@@ -28,7 +28,7 @@ from autodropout.kernels import drop_path_add
 from autodropout.kernels import tiled_dropout
 from autodropout.kernels import tiled_dropout_add
 
-TESTS = ("test_batch_norm.py", "test_residual.py")
+TESTS = ("test_batch_norm.py", "test_batch_norm_module.py", "test_residual.py")
 SHAPES = [(128, 160, 32, 32), (32, 256, 56, 56), (128, 320, 16, 16), (128, 640, 8, 8)]
 BACKWARD_SHAPES = SHAPES if ON_GPU else SHAPES[2:]  # on two cores: five minutes for all of bench/
 

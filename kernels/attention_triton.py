@@ -7,7 +7,7 @@ the same input gives the same bits.
 Counter layout: call (c div 4, 1 + cell_t, sample, rank) with c = head * queries + query decides for the same key of 4
 channels that follow each other. Tiles of rows therefore begin at a multiple of 4 channels, which may lie up to 3 rows
 before the head: those are neither read nor written. So one call serves 4 elements in every tile. cell_t comes from
-`cells_kernel` of token_triton.py, 4 bytes a key and sample.
+`cells_kernel` of token_draw_triton.py, 4 bytes a key and sample.
 
 Bytes: forward reads q, and k and v once a tile of rows, and writes out and lse; `dq_kernel` reads out besides and the
 gradient, and writes delta, 4 bytes a row; `dkv_kernel` reads k and v once, and the rest once a tile of keys.
@@ -24,9 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .token_triton import _as_int32
-from .token_triton import _cells
-from .token_triton import _words
+from .launch_triton import as_int32
+from .philox_triton import philox
+from .token_draw_triton import cells_of
 
 # Rows, keys, warps and stages of a program, for 16 bits and for fp32, whose products take registers instead of NVIDIA's
 # tensor cores: the largest of those tried that spill nothing on any target for heads of 32, 64, 96 and 128. (AMD's take
@@ -85,7 +85,7 @@ def _dropped(call, cell, sample, seed, last, rank, SHARE_C: tl.constexpr, KEYS_F
             c, t = call[None, :], cell[:, None]
         else:
             c, t = call[:, None], cell[None, :]
-        w0, w1, w2, w3 = _words(seed, c, 1 + t, sample, sample * 0 + rank)
+        w0, w1, w2, w3 = philox(seed, c, 1 + t, sample, sample * 0 + rank)
         largest = (sample * 0 + last).to(tl.uint32, bitcast=True)
         bits = (w0 <= largest).to(tl.int32) | ((w1 <= largest).to(tl.int32) << 1)
         bits = bits | ((w2 <= largest).to(tl.int32) << 2) | ((w3 <= largest).to(tl.int32) << 3)
@@ -340,13 +340,13 @@ def forward(
     """Writes out, and lse of every row."""
     n, heads, queries, _ = q.shape
     keys = k.shape[2]
-    cells, _, _, last = _cells(fields, seed, n, keys, heads * queries, share_t, share_c, rank, with_bits=False)
+    cells, _, _, last = cells_of(fields, seed, n, keys, heads * queries, share_t, share_c, rank, with_bits=False)
     tensors = [_addressed(x) for x in (q, k, v, out)]
     tile = _tile_of(q, FORWARD)
     blocks = triton.cdiv(queries + 3, tile["ROWS"])
     forward_kernel[(n * heads * blocks,)](
         *tensors, lse, cells, seed, scale, *_strides(*tensors), heads, queries, keys, blocks, factor, last,
-        _as_int32(rank), CAUSAL=causal, SHARE_C=share_c, **tile,
+        as_int32(rank), CAUSAL=causal, SHARE_C=share_c, **tile,
     )  # fmt: skip
     if tensors[3] is not out:
         out.copy_(tensors[3])
@@ -374,7 +374,7 @@ def backward(
     """Writes dq, dk and dv."""
     n, heads, queries, _ = q.shape
     keys = k.shape[2]
-    cells, _, _, last = _cells(fields, seed, n, keys, heads * queries, share_t, share_c, rank, with_bits=False)
+    cells, _, _, last = cells_of(fields, seed, n, keys, heads * queries, share_t, share_c, rank, with_bits=False)
     grad, q, k, v, out = (_addressed(x) for x in (grad, q, k, v, out))
     written = [_addressed(x) for x in (dq, dk, dv)]
     lse, delta = lse.contiguous(), torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
@@ -384,14 +384,14 @@ def backward(
     tensors = [grad, q, k, v, out, written[0]]
     dq_kernel[(n * heads * blocks,)](
         *tensors, lse, delta, cells, seed, scale, *_strides(*tensors), heads, queries, keys, blocks, factor, last,
-        _as_int32(rank), **rest, **tile,
+        as_int32(rank), **rest, **tile,
     )  # fmt: skip
     tile = _tile_of(q, DKV)
     blocks = triton.cdiv(keys, tile["KEYS"])
     tensors = [grad, q, k, v, *written[1:]]
     dkv_kernel[(n * heads * blocks,)](
         *tensors, lse, delta, cells, seed, scale, *_strides(*tensors), heads, queries, keys, blocks, factor, last,
-        _as_int32(rank), **rest, **tile,
+        as_int32(rank), **rest, **tile,
     )  # fmt: skip
     for given, one in zip((dq, dk, dv), written, strict=True):
         if one is not given:

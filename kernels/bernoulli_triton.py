@@ -30,6 +30,10 @@ import triton.language as tl
 from .bernoulli_form import Form
 from .bernoulli_form import form_of
 from .bernoulli_form import is_laid_out_as
+from .launch_triton import as_int32
+from .launch_triton import grain_of
+from .launch_triton import tile_length
+from .philox_triton import philox
 from .warps import warp_size
 from .words_triton import divisor
 from .words_triton import product
@@ -55,27 +59,6 @@ SIZES = (
 
 
 # ---- device helpers ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _words(seed, c0, c1, c2, c3):
-    """`tl.philox` with products of 64 bits, one instruction each, and counter words that broadcast late."""
-    k0 = seed.to(tl.uint32)
-    k1 = (seed >> 32).to(tl.uint32)
-    c0 = c0.to(tl.uint32)
-    c1 = c1.to(tl.uint32)
-    c2 = c2.to(tl.uint32)
-    c3 = c3.to(tl.uint32)
-    for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c1 = p1.to(tl.uint32)
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c3 = p0.to(tl.uint32)
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
-    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -135,10 +118,10 @@ def cells_kernel(
     seed = tl.load(seed_ptr)
     bound = threshold.to(tl.uint32)
     lane = tl.arange(0, 4 * CALLS)[None, None, :]
-    w0, w1, w2, w3 = _words(seed, low, high, sample, rank)
+    w0, w1, w2, w3 = philox(seed, low, high, sample, rank)
     word = _fourth(lane, w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None])
     if CALLS == 2:
-        w4, w5, w6, w7 = _words(seed, low + 1, high, sample, rank)
+        w4, w5, w6, w7 = philox(seed, low + 1, high, sample, rank)
         second = _fourth(lane - 4, w4[:, :, None], w5[:, :, None], w6[:, :, None], w7[:, :, None])
         word = tl.where(lane < 4, word, second)
 
@@ -183,7 +166,7 @@ def rows_kernel(
         high = (call >> 32).to(tl.int32)
     else:
         high = tl.full((1,), 0, tl.int32)
-    w0, w1, w2, w3 = _words(tl.load(seed_ptr), call, high, sample, rank)
+    w0, w1, w2, w3 = philox(tl.load(seed_ptr), call, high, sample, rank)
     kept = _fourth(decision % 4, w0, w1, w2, w3) >= threshold.to(tl.uint32)
 
     cell = (block % inner_blocks).to(tl.int64) * INNER + tl.arange(0, INNER)
@@ -234,7 +217,7 @@ def odd_rows_kernel(
         if OUTER:
             decision -= quotient(decision, decisions_reciprocal, decisions_shift) * decisions
         sample = first_sample.to(tl.int32) + samples_on
-        w0, w1, w2, w3 = _words(seed, decision >> 2, tl.full((1,), 0, tl.int32), sample, rank)
+        w0, w1, w2, w3 = philox(seed, decision >> 2, tl.full((1,), 0, tl.int32), sample, rank)
         kept = _fourth(decision & 3, w0, w1, w2, w3) >= threshold.to(tl.uint32)
         before = (1 << tl.minimum(begin, LANES)) - 1
         bits |= tl.where(kept, before if k == 0 else (1 << LANES) - 1 - before, 0)
@@ -294,7 +277,7 @@ def strided_kernel(
         call = (decision >> 2) + k
         if WIDE:
             high = (call >> 32).to(tl.int32)
-        w0, w1, w2, w3 = _words(seed, call, high, of_sample, rank)
+        w0, w1, w2, w3 = philox(seed, call, high, of_sample, rank)
         kept |= (w0 >= bound).to(tl.int32) << (4 * k)
         kept |= (w1 >= bound).to(tl.int32) << (4 * k + 1)
         kept |= (w2 >= bound).to(tl.int32) << (4 * k + 2)
@@ -339,7 +322,7 @@ def count_kernel(
         call = call - samples_on * calls.to(tl.int32)
         high = tl.full((1,), 0, tl.int32)
     sample = first_sample.to(tl.int32) + samples_on
-    w0, w1, w2, w3 = _words(tl.load(seed_ptr), call, high, sample, rank)
+    w0, w1, w2, w3 = philox(tl.load(seed_ptr), call, high, sample, rank)
     bound = threshold.to(tl.uint32)
     left = tl.where(first_sample + samples_on < samples, decisions - 4 * call.to(tl.int64), 0)
     kept = ((left > 0) & (w0 >= bound)).to(tl.int32) + ((left > 1) & (w1 >= bound)).to(tl.int32)
@@ -366,7 +349,7 @@ def scale_of_mask(
         return scale
     totals = torch.zeros(2, dtype=torch.int64, device=seed.device)
     count_kernel[(triton.cdiv(samples * triton.cdiv(decisions, 4), COUNT_BLOCK),)](
-        seed, totals, scale, _signed(threshold), _signed(rank), samples, decisions, size // (samples * decisions),
+        seed, totals, scale, as_int32(threshold), as_int32(rank), samples, decisions, size // (samples * decisions),
         WIDE=decisions >= 2**31, BLOCK=COUNT_BLOCK,
     )  # fmt: skip
     return scale
@@ -401,7 +384,7 @@ def apply(
 def _launch(
     x: torch.Tensor, y: torch.Tensor, form: Form, threshold: int, seed: torch.Tensor, scale: torch.Tensor, rank: int
 ) -> None:
-    common = (x, y, seed, scale, _signed(threshold), _signed(rank))
+    common = (x, y, seed, scale, as_int32(threshold), as_int32(rank))
     lanes = 8 if x.element_size() == 2 else 4
     if form.places:
         _launch_strided(common, form, lanes)
@@ -409,19 +392,19 @@ def _launch(
         _launch_odd_rows(common, form)
     elif form.inner > 1:
         rows = form.samples * form.outer * form.decisions
-        length, blocks = _tile(form.inner, TILE)
+        length, blocks = tile_length(form.inner, TILE)
         height = TILE // length
-        grain = _grain(form.inner)
+        grain = grain_of(form.inner)
         rows_kernel[(triton.cdiv(rows, height) * blocks,)](
             *common, rows, form.outer * form.decisions, form.decisions, form.inner // grain, blocks,
             GRAIN=grain, WIDE=rows >= 2**31 - height, ROWS=height, INNER=length, num_warps=WARPS,
         )  # fmt: skip
     else:
-        fragments, blocks = _tile(triton.cdiv(form.decisions, lanes), TILE // lanes)
+        fragments, blocks = tile_length(triton.cdiv(form.decisions, lanes), TILE // lanes)
         rows = form.outer if form.outer > 1 else form.samples
         height = TILE // lanes // fragments
         row_blocks = triton.cdiv(rows, height)
-        grain = _grain(form.decisions)
+        grain = grain_of(form.decisions)
         cells_kernel[(row_blocks * blocks * (form.samples if form.outer > 1 else 1),)](
             *common, rows, form.decisions // grain, row_blocks, blocks,
             GRAIN=grain, OUTER=form.outer > 1, ROWS=height, FRAGMENTS=fragments, CALLS=lanes // 4, num_warps=WARPS,
@@ -452,32 +435,9 @@ def _launch_strided(common: tuple[torch.Tensor | int, ...], form: Form, lanes: i
     height = min(heights, key=lambda k: (padded[k], k))
     width = vectors // height
     run_blocks, channel_blocks = triton.cdiv(runs, height), triton.cdiv(channels, width)
-    grain = _grain(channels)
+    grain = grain_of(channels)
     strided_kernel[(form.samples * run_blocks * channel_blocks,)](
         *common, form.places, channels // grain, run_blocks, channel_blocks,
         GRAIN=grain, ALIGNED=aligned, WIDE=form.decisions >= 2**31, RUNS=height, LENGTH=length, CHANNELS=width,
         num_warps=WARPS,
     )  # fmt: skip
-
-
-def _tile(length: int, most: int) -> tuple[int, int]:
-    """Side of a tile along an axis of this length, a power of two up to `most`, and how many tiles it takes.
-
-    The longest whose last tile wastes at most a sixteenth; else the one that wastes least, at least 8.
-    """
-    longest = min(most, triton.next_power_of_2(length))
-    sides = [side for side in (1 << k for k in range(13, -1, -1)) if min(8, longest) <= side <= longest]
-    padded = {side: triton.cdiv(length, side) * side for side in sides}
-    fitting = [side for side in sides if padded[side] * 16 <= length * 17]
-    side = fitting[0] if fitting else min(sides, key=lambda side: (padded[side], -side))
-    return side, padded[side] // side
-
-
-def _grain(number: int) -> int:
-    """The largest power of two up to 16 that divides the number: what vector accesses can build on."""
-    return min(16, number & -number)
-
-
-def _signed(word: int) -> int:
-    """The bits of a uint32 as an int32: as an int64 it would compile a kernel anew."""
-    return word - 2**32 if word >= 2**31 else word

@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 
 from .block import Geometry
+from .launch_triton import grain_of
 from .warps import warp_size
 
 # Elements of a tile and warps that share it: 32 elements a thread.
@@ -382,7 +383,7 @@ def _apply_contiguous(
     bits = torch.zeros(size, dtype=torch.int32, device=x.device)
     shape = (n, 1 if share_c else c, height, width)
     draw(bits, shape, blocks, seed, rank, pitch=pitch, copies=copies)
-    grain = _grain(run)
+    grain = grain_of(run)
     apply_bits_kernel[(tiles * (n if share_c else 1),)](
         x, y, bits.view(torch.uint8), scale, run // grain, tiles, cells, pitch // 8,
         SHARED=share_c, ALIGNED=aligned, GRAIN=grain, TILE=tile, num_warps=WARPS,
@@ -408,7 +409,7 @@ def _apply_channels_last(
     channels_of_tile = channel_tile(c)
     fragments_of_tile = TILE // 8 // channels_of_tile
     channel_blocks = triton.cdiv(c, channels_of_tile)
-    grain = _grain(c)
+    grain = grain_of(c)
     apply_bits_channels_last_kernel[(triton.cdiv(fragments, fragments_of_tile) * channel_blocks,)](
         x, y, bits.view(torch.uint8), scale, cells, c // grain, channel_blocks,
         SHARED=share_c, GRAIN=grain, FRAGMENTS=fragments_of_tile, CHANNELS=channels_of_tile, num_warps=WARPS,
@@ -421,8 +422,3 @@ def channel_tile(channels: int) -> int:
     while longest > 8 and triton.cdiv(channels, longest) * longest * 16 > channels * 17:
         longest //= 2
     return longest
-
-
-def _grain(number: int) -> int:
-    """The largest power of two up to 16 that divides the number: what vector accesses can build on."""
-    return min(16, number & -number)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from .atlas import Atlas
+from .launch_triton import grain_of
 from .tiles_triton import Tiling
-from .tiles_triton import _grain
 from .tiles_triton import _mask_of_tile
 from .tiles_triton import _offsets
 from .tiles_triton import dense
@@ -110,7 +110,7 @@ def add_scaled_samples(x: torch.Tensor, residual: torch.Tensor, factor: torch.Te
     y = torch.empty_like(x)
     n = x.shape[0]
     elements = x.numel() // n
-    grain = _grain(elements)
+    grain = grain_of(elements)
     blocks = triton.cdiv(elements, TILE)
     add_scaled_samples_kernel[(n * blocks,)](
         x, residual, y, factor, elements // grain, blocks, GRAIN=grain, BLOCK=TILE, num_warps=WARPS

@@ -3,7 +3,7 @@
 A tile is [4, calls, keys] of one sample: a Philox call decides for the same key of 4 rows that follow each other. A row
 is cut into a few equal parts, so that a power of two of keys fits it better (300 keys are 5 times 64, 768 are 3 times
 256); what a reduction needs of them is joined lane by lane before it crosses lanes, which it does once. The small
-kernels of token_triton.py over tokens and spans run first.
+kernels of token_draw_triton.py over tokens and spans run first.
 
 Each decision is drawn once, packed with those of its call and of all parts into a word a key, and handed to the
 threads that have the rows. So a thread has as many rows as registers allow, whatever a call decides for.
@@ -19,12 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch_triton import as_int32
+from .launch_triton import grain_of
 from .masking import compute_type
+from .philox_triton import philox
 from .token import sides_of
-from .token_triton import _as_int32
-from .token_triton import _cells
-from .token_triton import _grain
-from .token_triton import _words
+from .token_draw_triton import cells_of
 
 # Elements of a thread at most, unless a row is longer than 16 warps of them: of each, forward keeps one number in
 # registers, backward two. Parts of a row: their decisions, 4 bits each, are one word. Warps of a program, unless a call
@@ -55,7 +55,7 @@ def _decisions(
         bits = (bits.to(tl.int32) >> (call % 2 * 4)[:, None]) & 15
     else:
         largest = (sample * 0 + last).to(tl.uint32, bitcast=True)
-        w0, w1, w2, w3 = _words(tl.load(seed_ptr), call[:, None], (1 + cell)[None, :], sample, sample * 0 + rank)
+        w0, w1, w2, w3 = philox(tl.load(seed_ptr), call[:, None], (1 + cell)[None, :], sample, sample * 0 + rank)
         bits = (w0 <= largest).to(tl.int32) | tl.where(w1 <= largest, 2, 0)
         bits = bits | tl.where(w2 <= largest, 4, 0) | tl.where(w3 <= largest, 8, 0)
         bits = tl.where((cell >= 0)[None, :], bits, 0)
@@ -252,14 +252,14 @@ def forward(
         y, largest, inverse = forward(scores.contiguous(), fields, seed, scale, share_t, share_c, rank)
         return torch.empty_like(scores).copy_(y), largest, inverse
     n, keys, channels = sides_of(scores.shape, "NHQK")
-    cells, bits, spans, last = _cells(fields, seed, n, keys, channels, share_t, share_c, rank)
+    cells, bits, spans, last = cells_of(fields, seed, n, keys, channels, share_t, share_c, rank)
     y = torch.empty_like(scores)
     rows = torch.empty((2, *scores.shape[:3]), dtype=compute_type(scores), device=scores.device)
-    tile, grain = _tile(scores, channels, keys, FORWARD), _grain(keys)
+    tile, grain = _tile(scores, channels, keys, FORWARD), grain_of(keys)
     call_blocks = triton.cdiv(channels, 4 * tile["CALLS"])
     softmax_forward_kernel[(n * call_blocks,)](
         scores, y, rows, cells, bits, seed, scale, n * channels, keys // grain, channels, call_blocks, spans,
-        triton.cdiv(channels, 8), last, _as_int32(rank),
+        triton.cdiv(channels, 8), last, as_int32(rank),
         GRAIN=grain, SHARE_T=share_t, SHARE_C=share_c, **tile,
     )  # fmt: skip
     # Outputs of an op must not share memory.
@@ -282,12 +282,12 @@ def backward(
     dscores = torch.empty_like(scores)
     into = dscores if dscores.is_contiguous() else torch.empty_like(scores, memory_format=torch.contiguous_format)
     n, keys, channels = sides_of(scores.shape, "NHQK")
-    cells, bits, spans, last = _cells(fields, seed, n, keys, channels, share_t, share_c, rank)
-    tile, grain = _tile(scores, channels, keys, BACKWARD), _grain(keys)
+    cells, bits, spans, last = cells_of(fields, seed, n, keys, channels, share_t, share_c, rank)
+    tile, grain = _tile(scores, channels, keys, BACKWARD), grain_of(keys)
     call_blocks = triton.cdiv(channels, 4 * tile["CALLS"])
     softmax_backward_kernel[(n * call_blocks,)](
         grad.contiguous(), scores.contiguous(), into, largest, inverse, cells, bits, seed, scale, keys // grain,
-        channels, call_blocks, spans, triton.cdiv(channels, 8), last, _as_int32(rank),
+        channels, call_blocks, spans, triton.cdiv(channels, 8), last, as_int32(rank),
         GRAIN=grain, SHARE_T=share_t, SHARE_C=share_c, **tile,
     )  # fmt: skip
     return dscores if into is dscores else dscores.copy_(into)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from .atlas import Atlas
+from .launch_triton import grain_of
+from .launch_triton import tile_length
 
 
 @triton.jit
@@ -83,10 +85,10 @@ class Tiling:
         self.channels, self.fragments = tile_shape(c, fragments, last, elements)
         self.channel_blocks = triton.cdiv(c, self.channels)
         self.fragment_blocks = triton.cdiv(fragments, self.fragments)
-        grain, channels_grain = _grain(width), _grain(c)
+        grain, channels_grain = grain_of(width), grain_of(c)
         self.units = (c // channels_grain, height, width // grain)
         self.grains: dict[str, Any] = {
-            "GRAIN": grain, "CELLS_GRAIN": _grain(height * width), "CHANNELS_GRAIN": channels_grain, "LAST": last,
+            "GRAIN": grain, "CELLS_GRAIN": grain_of(height * width), "CHANNELS_GRAIN": channels_grain, "LAST": last,
         }  # fmt: skip
         self.tile: dict[str, Any] = {"CHANNELS": self.channels, "FRAGMENTS": self.fragments}
 
@@ -108,14 +110,5 @@ def tile_shape(channels: int, fragments: int, last: bool, elements: int) -> tupl
     if last:
         of_channels = min(64, triton.next_power_of_2(channels))
         return of_channels, max(1, min(elements // 8 // of_channels, triton.next_power_of_2(fragments)))
-    longest = min(64, triton.next_power_of_2(fragments))
-    lengths = [length for length in (64, 32, 16, 8, 4, 2, 1) if min(8, longest) <= length <= longest]
-    padded = {length: triton.cdiv(fragments, length) * length for length in lengths}
-    fitting = [length for length in lengths if padded[length] * 16 <= fragments * 17]
-    length = fitting[0] if fitting else min(lengths, key=lambda length: (padded[length], -length))
+    length, _ = tile_length(fragments, 64)
     return max(1, min(elements // 8 // length, triton.next_power_of_2(channels))), length
-
-
-def _grain(number: int) -> int:
-    """The largest power of two up to 16 that divides the number: what vector accesses can build on."""
-    return min(16, number & -number)

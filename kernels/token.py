@@ -267,10 +267,10 @@ def _scale(
     if normalize != "mask" or N * T * C == 0:
         return torch.full((), fixed_scale(fields, T, normalize), dtype=torch.float64, device=seed.device)
     if triton_runs_on(seed):
-        from . import token_triton
+        from . import token_draw_triton
 
         with torch.cuda.device(seed.device):  # Triton launches on the current device
-            return token_triton.scale_of_mask(fields, seed, N, T, C, share_t, share_c, rank)
+            return token_draw_triton.scale_of_mask(fields, seed, N, T, C, share_t, share_c, rank)
     if seed.is_cpu and has_numba():
         from . import token_numba
 

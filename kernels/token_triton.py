@@ -1,14 +1,11 @@
-"""Triton kernels of token pattern dropout: small ones over the tokens, one over the activation, forward and backward.
+"""Triton kernels of token pattern dropout over the activation, forward and backward.
 
-`cells_kernel` finds phase and spans and writes 4 bytes a token: the counter word cell_t, or -1 where the token is not
-covered. With `share_c` it draws the decisions as well, and -1 stands for a kept token. With `share_t` alone
-`spans_kernel` draws the decisions of every span, packed, one byte for 8 channels. What depends on c and t is drawn
-where it is used. `apply_kernel` (channels next to each other in memory) and `apply_keys_kernel` (tokens next to each
-other: attention weights) read each element once and write it once; `count_kernel` adds a mask up for normalize="mask".
+What depends on tokens alone is drawn before (token_draw_triton.py): cells, and with `share_t` alone decisions of spans,
+packed. What depends on c and t is drawn where it is used. `apply_kernel` (channels next to each other in memory) and
+`apply_keys_kernel` (tokens next to each other: attention weights) read each element once and write it once.
 
-Counter layout (Philox4x32-10): (0, 0, sample, rank) for the phase, (c div 4, 1 + cell_t, sample, rank) for decisions.
-One call gives the words of 4 channels that follow each other. In `apply_kernel` they are neighbours in memory; in
-`apply_keys_kernel` they are rows, so that a tile is [4, calls, keys] and a thread holds all 4 rows of its keys.
+One Philox call gives the words of 4 channels that follow each other. In `apply_kernel` they are neighbours in memory;
+in `apply_keys_kernel` they are rows, so that a tile is [4, calls, keys] and a thread holds all 4 rows of its keys.
 
 Bytes per element beside the activation, for C channels of b bytes: 4 / C for cells, written once and read once by each
 block of channels, and 1 / (8 * period) for packed decisions. Nothing of the pattern is compiled in: sizes, rates and
@@ -20,38 +17,26 @@ passed as float32.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
+
+from .launch_triton import as_int32
+from .launch_triton import grain_of
+from .launch_triton import tile_length
+from .philox_triton import philox
+from .token_draw_triton import cells_of
 
 # Elements of a tile (half of it in float64) and warps that share it: 32 elements a thread, 8 16-byte loads of fp32. By
 # compiled code only; no GPU has timed them yet.
 TILE = 4096
 WARPS = 4
 
-# Tokens of a program of cells_kernel, and bytes of one of spans_kernel.
-CELLS = 1024
-BYTES = 512
+# Fragments of a tile along what follows each other in memory, at most.
+FRAGMENTS = 128
 
 
 # ---- device helpers ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _words(seed, c0, c1, c2, c3):
-    """`tl.philox` with products of 64 bits, one instruction each, of counter words whose shapes need only broadcast."""
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0, c1, c2, c3 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
-    for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
-        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
-    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -73,73 +58,6 @@ def _masked_product(x, dropped, scale):
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["seed_ptr", "size", "period", "last", "rank"])
-def cells_kernel(
-    seed_ptr,  # int64
-    cells_ptr,  # int32 (N, T), written
-    tokens,
-    token_blocks,
-    size,  # 0 where nothing is dropped
-    period,
-    last,  # int32 with the bits of the largest word that drops
-    rank,  # int32 with the bits of the uint32
-    SHARE_T: tl.constexpr,
-    SHARE_C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0)
-    sample = block // token_blocks
-    token = (block - sample * token_blocks) * BLOCK + tl.arange(0, BLOCK)
-    zero = sample * 0
-    seed = tl.load(seed_ptr)
-    w0, _, _, _ = _words(seed, zero, zero, sample, zero + rank)
-    phase = ((w0.to(tl.uint64) * (zero + period).to(tl.uint64)) >> 32).to(tl.uint32)
-    phase = tl.where(size >= tokens, phase * 0, phase)
-    # Tokens and phase are below 2^31 each: their sum is unsigned.
-    place = token.to(tl.uint32) + phase
-    span = place // (zero + period).to(tl.uint32)
-    covered = place - span * (zero + period).to(tl.uint32) < (zero + size).to(tl.uint32)
-    if SHARE_T:
-        cell = span.to(tl.int32)
-    else:
-        cell = token
-    if SHARE_C:
-        word, _, _, _ = _words(seed, zero, 1 + cell, sample, zero + rank)
-        covered = covered & (word <= (zero + last).to(tl.uint32, bitcast=True))
-    tl.store(cells_ptr + sample.to(tl.int64) * tokens + token, tl.where(covered, cell, -1), mask=token < tokens)
-
-
-@triton.jit(do_not_specialize=["seed_ptr", "rows", "spans", "last", "rank"])
-def spans_kernel(
-    seed_ptr,  # int64
-    bits_ptr,  # uint8 (N, spans, groups), written: bit j of a byte is 1 where channel 8 * group + j is dropped
-    rows,  # N * spans
-    spans,
-    groups,
-    group_blocks,
-    last,
-    rank,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    block = tl.program_id(0)
-    row_block = block // group_blocks
-    row = row_block * ROWS + tl.arange(0, ROWS)
-    group = (block - row_block * group_blocks) * GROUPS + tl.arange(0, GROUPS)
-    sample = row // spans
-    span = row - sample * spans
-    call = group[None, :] * 2
-    seed = tl.load(seed_ptr)
-    largest = (row_block * 0 + last).to(tl.uint32, bitcast=True)
-    byte = call * 0 + row[:, None] * 0
-    for half in tl.static_range(2):
-        words = _words(seed, call + half + byte * 0, 1 + span[:, None], sample[:, None], row_block * 0 + rank)
-        for j in tl.static_range(4):
-            byte = byte | ((words[j] <= largest).to(tl.int32) << (4 * half + j))
-    inside = (row < rows)[:, None] & (group < groups)[None, :]
-    tl.store(bits_ptr + row.to(tl.int64)[:, None] * groups + group[None, :], byte.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed_ptr", "spans", "last", "rank"])
@@ -228,14 +146,14 @@ def apply_kernel(
             if ALIGNED:
                 call = (first // 4)[None, None, :, None]
                 token_word = (1 + cell)[None, :, None, None]
-                w0, w1, w2, w3 = _words(seed, call, token_word, sample, sample * 0 + rank)
+                w0, w1, w2, w3 = philox(seed, call, token_word, sample, sample * 0 + rank)
                 word = _word(w0, w1, w2, w3, lane % 4)
                 if VEC == 8:
-                    w0, w1, w2, w3 = _words(seed, call + 1, token_word, sample, sample * 0 + rank)
+                    w0, w1, w2, w3 = philox(seed, call + 1, token_word, sample, sample * 0 + rank)
                     word = tl.where(lane < 4, word, _word(w0, w1, w2, w3, lane % 4))
             else:
                 token_word = (1 + cell)[None, :, None, None]
-                w0, w1, w2, w3 = _words(seed, channel // 4, token_word, sample, sample * 0 + rank)
+                w0, w1, w2, w3 = philox(seed, channel // 4, token_word, sample, sample * 0 + rank)
                 word = _word(w0, w1, w2, w3, channel % 4)
             dropped = covered & (word <= largest)
 
@@ -308,7 +226,7 @@ def apply_keys_kernel(
     else:
         seed = tl.load(seed_ptr)
         largest = (block * 0 + last).to(tl.uint32, bitcast=True)
-        w0, w1, w2, w3 = _words(seed, call[:, None], (1 + cell)[None, :], sample, sample * 0 + rank)
+        w0, w1, w2, w3 = philox(seed, call[:, None], (1 + cell)[None, :], sample, sample * 0 + rank)
         word = _word(w0[None, :, :], w1[None, :, :], w2[None, :, :], w3[None, :, :], j[:, None, None])
         dropped = covered & (word <= largest)
 
@@ -325,49 +243,6 @@ def apply_keys_kernel(
     y_offset = sample.to(tl.int64) * y_n * GRAIN + (y_row[:, :, None] + wide_key * y_t)
     x = tl.load(x_ptr + x_offset, mask=inside, other=0.0)
     tl.store(y_ptr + y_offset, _masked_product(x, dropped, tl.load(scale_ptr)), mask=inside)
-
-
-@triton.jit(do_not_specialize=["seed_ptr", "last", "rank"])
-def count_kernel(
-    seed_ptr,  # int64
-    cells_ptr,  # int32 (N, T)
-    totals_ptr,  # int64 (2), zeros: dropped so far, programs that have added theirs
-    scale_ptr,  # float64, written
-    rows,  # N * T
-    tokens,
-    channels,
-    call_blocks,
-    last,
-    rank,
-    SHARE_C: tl.constexpr,
-    ROWS: tl.constexpr,
-    CALLS: tl.constexpr,
-):
-    block = tl.program_id(0)
-    row_block = block // call_blocks
-    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cell = tl.load(cells_ptr + row, mask=row < rows, other=-1)
-    wide = row_block.to(tl.int64) * 0
-    if SHARE_C:
-        dropped = tl.sum((cell >= 0).to(tl.int64)) * channels
-    else:
-        call = (block - row_block * call_blocks) * CALLS + tl.arange(0, CALLS)
-        sample = (row // tokens).to(tl.int32)
-        largest = (block * 0 + last).to(tl.uint32, bitcast=True)
-        words = _words(tl.load(seed_ptr), call[None, :], (1 + cell)[:, None], sample[:, None], row_block * 0 + rank)
-        found = call[None, :] * 0 + cell[:, None] * 0
-        for i in tl.static_range(4):
-            below = (words[i] <= largest) & (cell >= 0)[:, None] & (call * 4 + i < channels)[None, :]
-            found += below.to(tl.int32)
-        dropped = tl.sum(found).to(tl.int64)
-    tl.atomic_add(totals_ptr, dropped)
-    # Release and acquire: who sees all the others' arrivals sees their sums.
-    arrived = tl.atomic_add(totals_ptr + 1, 1)
-    if arrived == tl.num_programs(0) - 1:
-        size = (wide + rows) * channels
-        kept = size - tl.atomic_add(totals_ptr, 0)
-        quotient = size.to(tl.float64) / tl.maximum(kept, 1).to(tl.float64)
-        tl.store(scale_ptr, tl.where(kept > 0, quotient, 0.0))
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------
@@ -391,68 +266,13 @@ def apply(
         x_strides, y_strides = ((*s[:2], 0, s[2]) for s in (x_strides, y_strides))
     if all(s[2] == b * s[3] for s in (x_strides, y_strides)):
         a, b = 1, a * b
-    cells, bits, spans, last = _cells(fields, seed, n, t, a * b, share_t, share_c, rank)
+    cells, bits, spans, last = cells_of(fields, seed, n, t, a * b, share_t, share_c, rank)
     both = x_strides, y_strides
     arguments = x, y, cells, bits, seed, scale
     if t > 1 and y_strides[1] == 1 and (b == 1 or y_strides[3] != 1):
         _apply_keys(arguments, both, (n, t, a, b), spans, last, share_t, share_c, rank)
     else:
         _apply_channels(arguments, both, (n, t, a, b), spans, last, share_t, share_c, rank)
-
-
-def scale_of_mask(
-    fields: torch.Tensor, seed: torch.Tensor, n: int, t: int, c: int, share_t: bool, share_c: bool, rank: int
-) -> torch.Tensor:
-    """Size / Sum of the mask of n samples, t tokens, c channels (none 0), 0-d float64 on the seed's device."""
-    cells, _, _, last = _cells(fields, seed, n, t, c, share_t, share_c, rank, with_bits=False)
-    totals = torch.zeros(2, dtype=torch.int64, device=seed.device)
-    scale = torch.empty((), dtype=torch.float64, device=seed.device)
-    calls = 1 if share_c else min(128, triton.next_power_of_2(triton.cdiv(c, 4)))
-    rows = TILE if share_c else TILE // 4 // calls
-    call_blocks = 1 if share_c else triton.cdiv(triton.cdiv(c, 4), calls)
-    count_kernel[(triton.cdiv(n * t, rows) * call_blocks,)](
-        seed, cells, totals, scale, n * t, t, c, call_blocks, last, _as_int32(rank),
-        SHARE_C=share_c, ROWS=rows, CALLS=calls, num_warps=WARPS,
-    )  # fmt: skip
-    return scale
-
-
-def _cells(
-    fields: torch.Tensor,
-    seed: torch.Tensor,
-    n: int,
-    t: int,
-    c: int,
-    share_t: bool,
-    share_c: bool,
-    rank: int,
-    with_bits: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """What the kernels over elements need of the pattern: cells, packed decisions, spans of a sample, `last`."""
-    from .token import read_fields
-
-    size, period, threshold = read_fields(fields)
-    # Words are compared with the largest that drops, which fits 32 bits; a threshold of 0 covers nothing.
-    size, last = (0, 0) if threshold == 0 else (size, _as_int32(threshold - 1))
-    rank = _as_int32(rank)
-    cells = torch.empty((n, t), dtype=torch.int32, device=seed.device)
-    block = min(CELLS, triton.next_power_of_2(t))
-    blocks = triton.cdiv(t, block)
-    cells_kernel[(n * blocks,)](
-        seed, cells, t, blocks, size, period, last, rank, SHARE_T=share_t, SHARE_C=share_c, BLOCK=block
-    )
-    spans = (t + period - 2) // period + 1
-    if not share_t or share_c or not with_bits:
-        return cells, cells, spans, last
-    groups = triton.cdiv(c, 8)
-    bits = torch.empty((n, spans, groups), dtype=torch.uint8, device=seed.device)
-    columns = min(BYTES, triton.next_power_of_2(groups))
-    rows = BYTES // columns
-    column_blocks = triton.cdiv(groups, columns)
-    spans_kernel[(triton.cdiv(n * spans, rows) * column_blocks,)](
-        seed, bits, n * spans, spans, groups, column_blocks, last, rank, ROWS=rows, GROUPS=columns
-    )
-    return cells, bits, spans, last
 
 
 def _apply_channels(
@@ -468,17 +288,17 @@ def _apply_channels(
     n, t, a, b = sides
     (x_n, x_t, x_a, x_b), (y_n, y_t, y_a, y_b) = strides
     vec = 8 if arguments[0].element_size() == 2 and (a == 1 or b % 8 == 0) else 4
-    fragments, fragment_blocks = _tile(triton.cdiv(b, vec))
+    fragments, fragment_blocks = tile_length(triton.cdiv(b, vec), FRAGMENTS)
     tokens = min(_tile_of(arguments[0]) // vec // fragments, triton.next_power_of_2(t))
     warps = WARPS
     if tokens > 1 and triton.cdiv(2 * t, tokens) % 2:  # half of the last tile would be behind the last token
         tokens, warps = tokens // 2, WARPS // 2
     token_blocks = triton.cdiv(t, tokens)
-    grain = _grain(b, x_n, x_t, x_a, y_n, y_t, y_a)
+    grain = grain_of(b, x_n, x_t, x_a, y_n, y_t, y_a)
     apply_kernel[(n * a * token_blocks * fragment_blocks,)](
         *arguments, t, a, b // grain,
         x_n // grain, x_t // grain, x_a // grain, x_b, y_n // grain, y_t // grain, y_a // grain, y_b,
-        token_blocks, fragment_blocks, spans, triton.cdiv(a * b, 8), last, _as_int32(rank),
+        token_blocks, fragment_blocks, spans, triton.cdiv(a * b, 8), last, as_int32(rank),
         GRAIN=grain, ALIGNED=a == 1 or b % vec == 0, SHARE_T=share_t, SHARE_C=share_c,
         TOKENS=tokens, FRAGMENTS=fragments, VEC=vec, WIDTH=min(vec, grain, 16 // arguments[0].element_size()),
         num_warps=warps,
@@ -498,15 +318,15 @@ def _apply_keys(
     n, t, a, b = sides
     (x_n, x_t, x_a, x_b), (y_n, y_t, y_a, y_b) = strides
     vec = max(1, 16 // arguments[0].element_size())
-    fragments, _ = _tile(triton.cdiv(t, vec))
+    fragments, _ = tile_length(triton.cdiv(t, vec), FRAGMENTS)
     keys = fragments * vec
     calls = min(_tile_of(arguments[0]) // 4 // keys, triton.next_power_of_2(triton.cdiv(a * b, 4)))
     key_blocks, call_blocks = triton.cdiv(t, keys), triton.cdiv(triton.cdiv(a * b, 4), calls)
-    grain = _grain(t, x_n, x_a, x_b, y_n, y_a, y_b)
+    grain = grain_of(t, x_n, x_a, x_b, y_n, y_a, y_b)
     apply_keys_kernel[(n * call_blocks * key_blocks,)](
         *arguments, t // grain, a * b, b,
         x_n // grain, x_a // grain, x_b // grain, x_t, y_n // grain, y_a // grain, y_b // grain, y_t,
-        key_blocks, call_blocks, spans, triton.cdiv(a * b, 8), last, _as_int32(rank),
+        key_blocks, call_blocks, spans, triton.cdiv(a * b, 8), last, as_int32(rank),
         GRAIN=grain, FLAT=a == 1, SHARE_T=share_t, SHARE_C=share_c, CALLS=calls, KEYS=keys, num_warps=WARPS,
     )  # fmt: skip
 
@@ -518,26 +338,3 @@ def _strides(x: torch.Tensor) -> tuple[int, ...]:
 
 def _tile_of(x: torch.Tensor) -> int:
     return TILE // 2 if x.dtype == torch.float64 else TILE
-
-
-def _tile(number: int) -> tuple[int, int]:
-    """Of so many fragments in a row: how many a tile has (a power of two up to 128), and how many tiles there are.
-
-    The longest whose last tile wastes at most a sixteenth; else the one that wastes least, at least 8.
-    """
-    longest = min(128, triton.next_power_of_2(number))
-    lengths = [length for length in (128, 64, 32, 16, 8, 4, 2, 1) if min(8, longest) <= length <= longest]
-    padded = {length: triton.cdiv(number, length) * length for length in lengths}
-    fitting = [length for length in lengths if padded[length] * 16 <= number * 17]
-    length = fitting[0] if fitting else min(lengths, key=lambda length: (padded[length], -length))
-    return length, padded[length] // length
-
-
-def _grain(*numbers: int) -> int:
-    """The largest power of two up to 16 that divides them all: what vector accesses can build on."""
-    return math.gcd(16, *numbers)
-
-
-def _as_int32(word: int) -> int:
-    """A uint32 as the int32 of the same bits: as an int64 it would compile the kernel anew."""
-    return word - 2**32 if word >= 2**31 else word

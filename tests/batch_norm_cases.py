@@ -119,3 +119,9 @@ def check(got: dict[str, Any], case: Case) -> None:
 
 # Half the step between subnormal numbers, where rounding is not relative.
 TINY = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}
+
+
+def affine(c: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of so many channels."""
+    generator = torch.Generator().manual_seed(4)
+    return torch.rand(c, generator=generator) + 0.5, torch.randn(c, generator=generator)

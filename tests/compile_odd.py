@@ -34,6 +34,7 @@ from autodropout.kernels import block_triton
 from autodropout.kernels import residual_triton
 from autodropout.kernels import softmax_triton
 from autodropout.kernels import tiled_triton
+from autodropout.kernels import token_draw_triton
 from autodropout.kernels import token_triton
 from autodropout.kernels.atlas import Atlas
 from autodropout.kernels.block import geometry
@@ -99,7 +100,7 @@ def of_sequences() -> Iterator[Case]:
             yield f"{what} {layout}", lambda v=view, f=fields, s=sharing: token_triton.apply(v, v, f, SEED, SCALE, *s)
         yield (
             what,
-            lambda f=fields, s=sharing, shape=shape: token_triton.scale_of_mask(
+            lambda f=fields, s=sharing, shape=shape: token_draw_triton.scale_of_mask(
                 f, SEED, shape[0], shape[3], shape[1] * shape[2], *s
             ),
         )

@@ -19,6 +19,7 @@ from compile_kernels import DTYPES
 from compile_kernels import TARGETS
 from compile_kernels import Recorder
 
+from autodropout.kernels import token_draw_triton
 from autodropout.kernels import token_triton
 from autodropout.kernels.token import by_token
 from autodropout.kernels.token import sides_of
@@ -37,9 +38,10 @@ CASES: dict[str, tuple[str, tuple[int, ...], bool]] = {
 SHARING = {"none": (False, False), "share_t": (True, False), "share_c": (False, True)}
 ELEMENTWISE = ("apply_kernel", "apply_keys_kernel")
 KERNELS = ("cells_kernel", "spans_kernel", *ELEMENTWISE, "count_kernel")
-RECORDERS = {name: Recorder(getattr(token_triton, name)) for name in KERNELS}
-for _name, _recorder in RECORDERS.items():
-    setattr(token_triton, _name, _recorder)
+MODULES = {name: token_triton if name in ELEMENTWISE else token_draw_triton for name in KERNELS}
+RECORDERS = {name: Recorder(getattr(module, name)) for name, module in MODULES.items()}
+for _name, _module in MODULES.items():
+    setattr(_module, _name, RECORDERS[_name])
 base.RECORDERS.update(RECORDERS)
 FIELDS = (4.0, 12.0, 0.5)
 
@@ -81,7 +83,7 @@ def launch(
         recorder.launches.clear()
     share_t, share_c = SHARING[sharing]
     fields = torch.tensor(values, dtype=torch.float64)
-    scale = token_triton.scale_of_mask(fields, seed, *sides_of(x.shape, layout), share_t, share_c, rank)
+    scale = token_draw_triton.scale_of_mask(fields, seed, *sides_of(x.shape, layout), share_t, share_c, rank)
     y = torch.empty_like(x)
     token_triton.apply(by_token(x, layout), by_token(y, layout), fields, seed, scale, share_t, share_c, rank)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import batch_norm_cases as cases
@@ -18,10 +16,8 @@ from mask_contracts import SEED
 from mask_contracts import fresh_dynamo  # noqa: F401
 from plain_torch import both_ways  # noqa: F401
 from plain_torch import plain
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from autodropout import TiledPattern
-from autodropout.fused import BatchNormPatternReLU2d
 from autodropout.kernels import batch_norm_pattern_relu
 from autodropout.kernels import tiled_dropout
 
@@ -52,11 +48,6 @@ def chain(
     x: torch.Tensor, weight: Any, bias: Any, seed: Any = SEED, fields: Any = FIELDS, **options: Any
 ) -> torch.Tensor:
     return torch.relu(tiled_dropout(F.batch_norm(x, None, None, weight, bias, True, 0.0, EPS), fields, seed, **options))
-
-
-def affine(c: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    return torch.rand(c, generator=generator) + 0.5, torch.randn(c, generator=generator)
 
 
 # ---- values --------------------------------------------------------------------------------------------------------
@@ -102,7 +93,7 @@ def test_equals_the_chain(shape: tuple[int, ...], share_c: bool) -> None:
         results = []
         for function in (fused, chain):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(memory_format=layout).requires_grad_()
-            weight, bias = (tensor.requires_grad_() for tensor in affine(shape[1]))
+            weight, bias = (tensor.requires_grad_() for tensor in cases.affine(shape[1]))
             y = function(x, weight, bias, share_c=share_c)
             results.append((y, *torch.autograd.grad(y, (x, weight, bias), upstream)))
         for ours, theirs in zip(*results, strict=True):
@@ -141,7 +132,7 @@ def test_odd_strides_of_sides_of_one_cell(shape: tuple[int, ...], strides: tuple
 
     def run() -> tuple[torch.Tensor | None, ...]:
         x = cells.as_strided(shape, strides).detach().requires_grad_()
-        weight, bias = (tensor.requires_grad_() for tensor in affine(shape[1]))
+        weight, bias = (tensor.requires_grad_() for tensor in cases.affine(shape[1]))
         y = fused(x, weight, bias)
         y.backward(cells[-x.numel() :].view(shape))
         return y, x.grad, weight.grad, bias.grad
@@ -165,7 +156,7 @@ def test_not_a_number_and_infinity(layout: str, dtype: torch.dtype) -> None:
         assert bool(y[:, 2][kept[:, 2]].isnan().all())
         assert torch.equal(y[:, [0, 1, 3, 4]], fused(x, None, None)[:, [0, 1, 3, 4]])
         leaf = x.clone().requires_grad_()
-        weight, bias = (tensor.requires_grad_() for tensor in affine(5))
+        weight, bias = (tensor.requires_grad_() for tensor in cases.affine(5))
         leaves = (leaf, weight, bias)
         clean = torch.autograd.grad(fused(*leaves), leaves, torch.ones_like(x))
         upstream = torch.where(kept, 1.0, value).to(dtype)
@@ -219,7 +210,7 @@ def test_empty_tensors(shape: tuple[int, ...]) -> None:
 def test_gradients_and_their_gradients(share_c: bool, normalize: str) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(3, 2, 3, 3, generator=generator, dtype=torch.float64).requires_grad_()
-    leaves = (x, *(tensor.double().requires_grad_() for tensor in affine(2)))
+    leaves = (x, *(tensor.double().requires_grad_() for tensor in cases.affine(2)))
 
     def function(*leaves: torch.Tensor) -> torch.Tensor:
         return fused(*leaves, share_c=share_c, normalize=normalize)
@@ -262,6 +253,46 @@ def test_functional_gradients() -> None:
     assert torch.equal(torch.func.grad(lambda x: (fused(x, None, None) ** 2).sum())(x.detach()), expected)
 
 
+@pytest.mark.parametrize("through_x", [False, True])
+def test_running_averages_under_functional_gradients(through_x: bool) -> None:
+    """They are tensors of the outside, which `torch.func` lets no op change."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn((4, 2, 3, 4), generator=generator), torch.rand(2, generator=generator)
+    atlas = TiledPattern(0.3, 0.3).atlas(3, 4)
+
+    def loss(weight: torch.Tensor, running: list[torch.Tensor]) -> torch.Tensor:
+        y = batch_norm_pattern_relu(x * weight.sum() if through_x else x, *running, weight, None, atlas, SEED)
+        return y.sin().sum()
+
+    expected, found = ([torch.zeros(2), torch.ones(2)] for _ in range(2))
+    leaf = weight.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, expected), leaf)
+    assert torch.equal(torch.func.grad(lambda weight: loss(weight, found))(weight), gradient)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert found[0].any()
+
+
+@pytest.mark.parametrize(("of_x", "of_weight"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_the_second_derivative_where_dtypes_differ(of_x: torch.dtype, of_weight: torch.dtype) -> None:
+    """Equal to the one where they do not, but for the rounding of the results to their dtypes."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn((4, 2, 3, 4), generator=generator), torch.rand(2, generator=generator).to(of_weight)
+    atlas = TiledPattern(0.3, 0.3).atlas(3, 4)
+
+    def second(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        x, weight = values[0].to(of_x).requires_grad_(), values[1].to(dtype).requires_grad_()
+        y = batch_norm_pattern_relu(x, None, None, weight, None, atlas, SEED)
+        first = torch.autograd.grad(y.sin().sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum(one.double().square().sum() for one in first), (x, weight))
+
+    for one, other in zip(second(of_weight), second(of_x), strict=True):
+        assert one.isfinite().all()
+        # Rounded once as a gradient and once as its gradient, of at most the largest.
+        unit = torch.finfo(of_weight).eps
+        assert (one.double() - other.double()).abs().max() <= 4 * unit * other.abs().max()
+
+
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +305,7 @@ def saved_bytes(function: Any, x: torch.Tensor) -> int:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    weight, bias = (torch.nn.Parameter(tensor) for tensor in affine(x.shape[1]))
+    weight, bias = (torch.nn.Parameter(tensor) for tensor in cases.affine(x.shape[1]))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = function(x, weight, bias)
     del kept
@@ -310,7 +341,7 @@ def test_memory_of_the_forward(memory_format: torch.memory_format) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype, layout: str) -> None:
     x = contracts.activation(layout, dtype=dtype)
-    weight, bias = affine(5)
+    weight, bias = cases.affine(5)
     starts, scale = OPS.tiled_draw(FIELDS, torch.tensor(SEED), 3, 5, [6, 7], False, "mask", 0)
     arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), FIELDS, starts, scale, EPS)
     torch.library.opcheck(OPS.batch_norm_pattern_relu.default, arguments)
@@ -334,7 +365,7 @@ def test_compiled_equals_eager(layout: str) -> None:
         results = []
         for function in (step, compiled):
             x = contracts.activation(layout).detach().requires_grad_()
-            weight, bias = (tensor.requires_grad_() for tensor in affine(5))
+            weight, bias = (tensor.requires_grad_() for tensor in cases.affine(5))
             running = [torch.zeros(5), torch.ones(5)]
             torch.manual_seed(11)
             y = function(x, weight, bias, *running, seed)
@@ -346,95 +377,6 @@ def test_compiled_equals_eager(layout: str) -> None:
                 torch.testing.assert_close(ours, expected)
             else:
                 assert torch.equal(ours, expected)
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_no_recompilation() -> None:
-    """50 patterns and seeds as the attribute of a module: one frame, no break, the values of eager code."""
-    counter = CompileCounterWithBackend("aot_eager")
-    module = BatchNormPatternReLU2d(5, PATTERN)
-    plain = copy.deepcopy(module)
-    compiled = torch.compile(module, backend=counter, fullgraph=True)
-    x = contracts.activation("contiguous").requires_grad_()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for i in range(50):
-            module.pattern = plain.pattern = TiledPattern(0.01 + i / 100, 0.2, i % 5, 7.0 * i)
-            results = []
-            for function in (compiled, plain):
-                torch.manual_seed(i)
-                y = function(x)
-                results.append((y, *torch.autograd.grad(y, x, x.detach())))
-            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert counter.frame_count == 1
-    torch.testing.assert_close(module.running_var, plain.running_var, rtol=1e-6, atol=0)
-
-
-# ---- module --------------------------------------------------------------------------------------------------------
-
-
-def test_the_module_is_the_chain_of_three_modules() -> None:
-    norm = torch.nn.BatchNorm2d(5, eps=1e-3, momentum=0.3)
-    with torch.no_grad():
-        norm.weight.copy_(affine(5)[0])
-        norm.bias.copy_(affine(5)[1])
-    module = BatchNormPatternReLU2d(5, PATTERN, eps=1e-3, momentum=0.3)
-    assert module.state_dict().keys() == norm.state_dict().keys()
-    module.load_state_dict(norm.state_dict())
-    for i in range(3):
-        x = torch.randn(4, 5, 6, 7)
-        torch.manual_seed(i)
-        y = module(x)
-        torch.manual_seed(i)
-        assert torch.equal(y, torch.relu(tiled_dropout(norm(x), FIELDS)))
-    for name, value in norm.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-6, atol=1e-7)
-    norm.load_state_dict(module.state_dict())
-    assert torch.equal(module.eval()(x), torch.relu(norm.eval()(x)))
-
-
-@pytest.mark.parametrize("options", [{"momentum": None}, {"track_running_stats": False}, {"affine": False}])
-def test_the_module_with_other_options(options: dict[str, Any]) -> None:
-    norm, module = torch.nn.BatchNorm2d(5, **options), BatchNormPatternReLU2d(5, PATTERN, **options)
-    for i in range(3):
-        x = torch.randn(4, 5, 6, 7)
-        torch.manual_seed(i)
-        y = module(x)
-        torch.manual_seed(i)
-        assert torch.equal(y, torch.relu(tiled_dropout(norm(x), FIELDS)))
-    for name, value in norm.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("momentum", [0.3, None])
-def test_the_module_stops_and_resumes_tracking(momentum: float | None) -> None:
-    """`track_running_stats` set after the buffers are there, as to leave statistics out of some passes."""
-    norm, module = torch.nn.BatchNorm2d(5, momentum=momentum), BatchNormPatternReLU2d(5, PATTERN, momentum=momentum)
-    for i, tracked in enumerate([True, False, False, True]):
-        norm.track_running_stats = module.track_running_stats = tracked
-        before = copy.deepcopy(module.state_dict())
-        x = torch.randn(4, 5, 6, 7) + 3
-        torch.manual_seed(i)
-        y = module(x)
-        torch.manual_seed(i)
-        assert torch.equal(y, torch.relu(tiled_dropout(norm(x), FIELDS)))
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            assert torch.equal(module.state_dict()[name], before[name]) != tracked
-            torch.testing.assert_close(module.state_dict()[name], norm.state_dict()[name], rtol=1e-6, atol=1e-7)
-    norm.load_state_dict(module.state_dict())
-    module.track_running_stats = norm.track_running_stats = False
-    assert torch.equal(module.eval()(x), torch.relu(norm.eval()(x)))
-
-
-def test_the_module_can_be_copied_pickled_and_read() -> None:
-    module = BatchNormPatternReLU2d(5, PATTERN)
-    x = torch.randn(4, 5, 6, 7)
-    torch.manual_seed(0)
-    y = copy.deepcopy(module)(x)
-    torch.manual_seed(0)
-    assert torch.equal(pickle.loads(pickle.dumps(module))(x), y)
-    assert "size=0.3" in repr(module)
-    with pytest.raises(TypeError, match="pattern must be a TiledPattern, got 0.3 of type float"):
-        BatchNormPatternReLU2d(5, 0.3)  # type: ignore[arg-type]
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -477,43 +419,3 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
     batch_norm_pattern_relu(**accepted)
     with pytest.raises(error, match=message):
         batch_norm_pattern_relu(**(accepted | arguments))
-
-
-@pytest.mark.parametrize("through_x", [False, True])
-def test_running_averages_under_functional_gradients(through_x: bool) -> None:
-    """They are tensors of the outside, which `torch.func` lets no op change."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn((4, 2, 3, 4), generator=generator), torch.rand(2, generator=generator)
-    atlas = TiledPattern(0.3, 0.3).atlas(3, 4)
-
-    def loss(weight: torch.Tensor, running: list[torch.Tensor]) -> torch.Tensor:
-        y = batch_norm_pattern_relu(x * weight.sum() if through_x else x, *running, weight, None, atlas, SEED)
-        return y.sin().sum()
-
-    expected, found = ([torch.zeros(2), torch.ones(2)] for _ in range(2))
-    leaf = weight.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(leaf, expected), leaf)
-    assert torch.equal(torch.func.grad(lambda weight: loss(weight, found))(weight), gradient)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
-    assert found[0].any()
-
-
-@pytest.mark.parametrize(("of_x", "of_weight"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
-def test_the_second_derivative_where_dtypes_differ(of_x: torch.dtype, of_weight: torch.dtype) -> None:
-    """Equal to the one where they do not, but for the rounding of the results to their dtypes."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn((4, 2, 3, 4), generator=generator), torch.rand(2, generator=generator).to(of_weight)
-    atlas = TiledPattern(0.3, 0.3).atlas(3, 4)
-
-    def second(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        x, weight = values[0].to(of_x).requires_grad_(), values[1].to(dtype).requires_grad_()
-        y = batch_norm_pattern_relu(x, None, None, weight, None, atlas, SEED)
-        first = torch.autograd.grad(y.sin().sum(), (x, weight), create_graph=True)
-        return torch.autograd.grad(sum(one.double().square().sum() for one in first), (x, weight))
-
-    for one, other in zip(second(of_weight), second(of_x), strict=True):
-        assert one.isfinite().all()
-        # Rounded once as a gradient and once as its gradient, of at most the largest.
-        unit = torch.finfo(of_weight).eps
-        assert (one.double() - other.double()).abs().max() <= 4 * unit * other.abs().max()

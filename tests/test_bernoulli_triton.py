@@ -171,10 +171,11 @@ def test_forms_of_memory() -> None:
 def test_a_tile_of_cells_never_spans_more_than_32_bits() -> None:
     """`cells_kernel` places its rows in a tile with int32: several rows in a tile must be short."""
     from autodropout.kernels import bernoulli_triton
+    from autodropout.kernels.launch_triton import tile_length
 
     lengths = [*range(1, 40_000), *(2**k + d for k in range(15, 40) for d in (-1, 0, 1)), *range(40_000, 10**8, 99_991)]
     for lanes in (4, 8):
         most = bernoulli_triton.TILE // lanes
         for fragments in lengths:
-            side, _ = bernoulli_triton._tile(fragments, most)
+            side, _ = tile_length(fragments, most)
             assert side == most or (most // side) * fragments * lanes < 2**31, (lanes, fragments, side)

@@ -46,6 +46,16 @@ def test_the_committed_page_was_made_of_these_sources() -> None:
     assert not stale, f"run {COMMAND}: {stale} changed since docs/machine-code.md was generated"
 
 
+def test_sources_are_the_kernels_that_the_cases_launch_and_what_these_import() -> None:
+    """By what Python imports for the cases. Not attention's: no case compiles them."""
+    imported = json.loads(run("-c", "import json, sys, launches; print(json.dumps([*sys.modules]))"))
+    modules = {f"kernels/{name.rpartition('.')[2]}.py" for name in imported if name.startswith("autodropout.kernels.")}
+    named = {name for name in sources(ROOT) if name.startswith("kernels/")}
+    assert named <= modules
+    assert {name for name in modules - named if name.endswith("_triton.py")} == set()
+    assert "kernels/attention_triton.py" not in named
+
+
 def tables() -> dict[str, list[list[dict[str, str]]]]:
     """The tables of the page by heading, each a list of lines, each a dict from the name of the column."""
     found: dict[str, list[list[dict[str, str]]]] = {}

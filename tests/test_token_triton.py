@@ -13,6 +13,7 @@ from autodropout.kernels.token import by_token
 from autodropout.kernels.token import sides_of
 
 token_triton = pytest.importorskip("autodropout.kernels.token_triton")
+token_draw_triton = pytest.importorskip("autodropout.kernels.token_draw_triton")
 pytestmark = pytest.mark.usefixtures("filled_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +48,7 @@ def run(
     fields = torch.tensor(values, dtype=torch.float64)
     on_device = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=DEVICE)
     if normalize == "mask":
-        scale = token_triton.scale_of_mask(fields, on_device, *sides_of(x.shape, layout), *sharing, rank)
+        scale = token_draw_triton.scale_of_mask(fields, on_device, *sides_of(x.shape, layout), *sharing, rank)
     else:
         sides = sides_of(x.shape, layout)
         scale = torch.ops.autodropout.token_scale(fields, on_device, *sides, *sharing, normalize, rank)
