@@ -232,15 +232,27 @@ def _settings_key() -> str:
 def noise(rows: Iterable[list[Any]]) -> dict[str, float]:
     """Standard deviations of validation accuracies, in percent.
 
-    `seed`: between the seeds of a policy, pooled over policies; `mean`: of a policy's mean over its seeds, from that;
-    `policies`: between the means of policies, which includes the former.
+    `seed`: between the seeds of a policy, pooled over policies, which is what one observation of a search is off by;
+    `residual`: the same without what a seed adds to all policies, of the layout policies x seeds. All policies share
+    the weights and the orders of their seeds, so that a lucky seed lifts all of them and is no error between them.
+    `mean`: of a policy's mean over its seeds beside other policies, from `residual`; `policies`: between the means of
+    policies, which includes `mean`.
     """
     valid = [[100 * correct / VALID_IMAGES for correct in row[1]] for row in rows]
-    pooled = math.sqrt(statistics.fmean(statistics.variance(seeds) for seeds in valid))
+    of_policies = [statistics.fmean(seeds) for seeds in valid]
+    of_seeds = [statistics.fmean(policies) for policies in zip(*valid, strict=True)]
+    overall = statistics.fmean(of_policies)
+    squares = math.fsum(
+        (accuracy - of_policy - of_seed + overall) ** 2
+        for seeds, of_policy in zip(valid, of_policies, strict=True)
+        for accuracy, of_seed in zip(seeds, of_seeds, strict=True)
+    )
+    residual = math.sqrt(squares / ((len(of_policies) - 1) * (len(of_seeds) - 1)))
     return {
-        "seed": round(pooled, 3),
-        "mean": round(pooled / math.sqrt(SEEDS), 3),
-        "policies": round(statistics.stdev(statistics.fmean(seeds) for seeds in valid), 3),
+        "seed": round(math.sqrt(statistics.fmean(statistics.variance(seeds) for seeds in valid)), 3),
+        "residual": round(residual, 3),
+        "mean": round(residual / math.sqrt(len(of_seeds)), 3),
+        "policies": round(statistics.stdev(of_policies), 3),
     }
 
 

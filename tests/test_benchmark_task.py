@@ -122,9 +122,27 @@ def test_training_repeats_itself_and_learns(monkeypatch: pytest.MonkeyPatch) -> 
 def test_noise_by_hand() -> None:
     rows = [[[], [400, 410, 420], []], [[], [300, 300, 330], []]]
     found = noise(rows)
-    # Variances in percent squared: 4 and 12, pooled 8; means 82 and 62.
+    # Variances in percent squared: 4 and 12, pooled 8; means 82 and 62, of seeds 70, 71 and 75; 72 of all.
     assert found["seed"] == pytest.approx(8**0.5, abs=1e-3)
+    # What policy and seed leave: 0, 1, -1 and 0, -1, 1, on two degrees of freedom.
+    assert found["residual"] == pytest.approx(2**0.5, abs=1e-3)
+    assert found["mean"] == pytest.approx((2 / 3) ** 0.5, abs=1e-3)
     assert found["policies"] == pytest.approx(statistics.stdev((82, 62)), abs=1e-3)
+
+
+def test_noise_a_lucky_seed_is_no_error_between_policies() -> None:
+    rows = [[[], [400, 410, 423], []], [[], [300, 305, 331], []]]
+    lucky = [[[], [first, second + 50, third], []] for _, (first, second, third), _ in rows]
+    before, after = noise(rows), noise(lucky)
+    assert after["seed"] > 2 * before["seed"]
+    assert [after[name] for name in ("residual", "mean", "policies")] == [
+        before[name] for name in ("residual", "mean", "policies")
+    ]
+
+
+def test_noise_of_the_committed_table() -> None:
+    table = json.loads(digits_table.TABLE.read_text())
+    assert table["noise"] == noise(table["rows"])
 
 
 @pytest.fixture

@@ -128,6 +128,19 @@ def test_section_of_translations_says_what_the_source_has(tmp_path: Path) -> Non
     assert "| Dropout | 0.1 | 2 | 32.50 ± 19.06 | 33.50 ± 19.06 | +3.00 ± 12.71 |" in text
 
 
+def test_section_of_searches_says_if_the_controller_learned_by_reinforce_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    shared = {"experiment": "table5_search", "versions": {"torch": "2"}, "commit": None, "task": "kinds", "workers": 1}
+    shared |= {"seconds": 1.0, "simple_regret": {"50": 1.0}, "late_regret": {"50": 2.0}}
+    found = {}
+    for name, settings in (("first", {}), ("off", {"elite_coefficient": 0.0}), ("on", {"elite_coefficient": 1.0})):
+        of = {"controller": settings, "random": {}}
+        lines = [shared | {"searcher": each, "seed": seed, "settings": of[each]} for seed in (0, 1) for each in of]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found[name] = "by REINFORCE alone" in section(path)
+    assert found == {"first": True, "off": True, "on": False}
+
+
 def test_the_committed_page_is_generated() -> None:
     """From the runs that are published: those of whoever tries the scripts in this checkout lie beside them."""
     committed = (ROOT / "docs/results.md").read_text()
