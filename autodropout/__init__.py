@@ -1,6 +1,6 @@
 """AutoDropout: structured dropout patterns, put on any network, and learned for it (Pham & Le, AAAI 2021).
 
-Names are imported when first used: `import autodropout` loads neither Triton nor matplotlib.
+Names and submodules are imported when first used: `import autodropout` loads neither Triton nor matplotlib.
 """
 
 from __future__ import annotations
@@ -54,12 +54,34 @@ _HOMES = {
     "remove_policy": "apply",
 }
 
+_SUBMODULES = (
+    "conventions",
+    "draw",
+    "functional",
+    "fused",
+    "kernels",
+    "nn",
+    "patterns",
+    "policy",
+    "qkv_layouts",
+    "schedule",
+    "search",
+    "sites",
+    "zoo",
+)
+
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("autodropout")
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -41,6 +41,7 @@ from .sites import sites_by_place
 from .sites import uncompiled
 
 MAX_RATE = 0.95
+MAP_DIMS = 4  # (N, C, H, W)
 
 # What a model without sites of a place is told.
 _OF_LAYERS = (
@@ -109,15 +110,18 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
         The sites that have a pattern now, place by place, in order.
 
     Raises:
-        TypeError: `model` is no module or `policy` no policy.
+        TypeError: `model` is no module, `policy` no policy or `example` none of these.
         ValueError: the model has no sites of a place of the policy, or has a policy already; a pattern of maps at a
-            place of tokens or the other way round; the exact expected rate of a pattern on the map, or in the
-            sequences, of its site is above 0.95 (needs `example`); `residual` where it means nothing.
+            place of tokens or the other way round, or one that shares dimensions that maps have not; in a policy that
+            names all sites, a pattern at a module that is none; the exact expected rate of a pattern on the map, or in
+            the sequences, of its site is above 0.95 (needs `example`); `residual` where it means nothing; an example
+            for a model with parameters that are not initialised yet.
 
         Whatever is raised, the model is left untouched.
 
     Warns:
-        UserWarning: patterns go by depth though the policy names sites of this model: misspelt, or not all.
+        UserWarning: patterns go by depth though the policy names sites of this model, or what looks like them:
+            misspelt, or not all.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -136,7 +140,7 @@ def apply_policy(model: nn.Module, policy: Policy, example: Example | None = Non
     places = [place for place in PLACES if any(site.place == place for site in policy.sites)]
     found = sites_by_place(model, example, places)
     plan: list[tuple[ModelSite, Pattern]] = []
-    for place in places:  # no comprehension, which is a frame of its own before Python 3.12: warnings name the caller's
+    for place in places:
         of_place = plan_place(model, policy, place, found[place], example is not None)
         plan += [(site, pattern) for site, pattern in of_place if pattern is not None]
     applied = [checked_site(site, pattern) for site, pattern in plan]
@@ -154,9 +158,12 @@ def remove_policy(model: nn.Module) -> None:
     """Takes off what `apply_policy` put on a model, or on the one it is a copy of. Without a policy nothing happens.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: something else (a parametrization, `fully_shard` on the very module) changed the class of a site's
             module after `apply_policy` did: undo that first. The model is left untouched.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     found = list(_site_dropouts(model))
     for parent, _, _ in found:
         if isinstance(parent, MaskedModule) and type(parent) is not masked_class(
@@ -187,7 +194,7 @@ def plan_place(
     if any(_residual(site.pattern) for site in sources):
         _check_residual(sources, targets, named, place)
     if named is None:
-        warn_of_names(sources, targets, place)
+        warn_of_names(sources, targets, model)
         patterns = by_depth(sources, targets, place)
     else:
         patterns = {name: site.pattern for name, site in named.items()}
@@ -203,7 +210,7 @@ def plan_place(
 
 
 def check_kind(site: Site) -> None:
-    """Maps have no tokens, and sequences neither rows nor columns."""
+    """Maps have no tokens, and four dimensions; sequences have neither rows nor columns."""
     pattern = site.pattern
     if pattern is None:
         return
@@ -215,6 +222,9 @@ def check_kind(site: Site) -> None:
         allowed = "a TokenPattern, or a BernoulliPattern of cells or samples,"
     if not fits:
         raise ValueError(f"pattern must be {allowed} at place {site.place!r}, got {pattern!r} at {site.name!r}")
+    shared = pattern.shared if isinstance(pattern, BernoulliPattern) else "none"
+    if isinstance(shared, tuple) and max(shared) >= MAP_DIMS:
+        raise ValueError(f"shared must hold dimensions of maps, 0 to {MAP_DIMS - 1}, got {shared!r} at {site.name!r}")
 
 
 def _check_layout(module: nn.Module, site: ModelSite, pattern: Pattern) -> None:

@@ -85,6 +85,19 @@ def as_autocast_would(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
+def _check_mask(mask: Tensor, query: Tensor, is_causal: bool) -> None:
+    """Refuses what `scaled_dot_product_attention` refuses, and what would be taken for something else here."""
+    if is_causal:
+        raise ValueError(f"attn_mask must be None where is_causal is True, got shape {tuple(mask.shape)}")
+    if mask.dim() < 2:
+        raise ValueError(f"attn_mask must have at least 2 dimensions (queries, keys), got shape {tuple(mask.shape)}")
+    allowed = {torch.bool, torch.float32, query.dtype}
+    if torch.is_autocast_enabled(query.device.type):
+        allowed |= {torch.float16, torch.bfloat16}
+    if mask.dtype not in allowed:
+        raise TypeError(f"attn_mask must be bool, float32 or of the query's {query.dtype}, got {mask.dtype}")
+
+
 class Listener(AttentionWeights):
     """Reports what an attention does inside.
 
@@ -169,10 +182,12 @@ class Dropped(AttentionWeights):
         if self.on_scores is None:
             return super().softmax(scores)
         self._found("softmax")
-        # More dimensions in front are all samples, see above; without heads there is one.
-        return self.on_scores(scores.reshape(-1, *scores.shape[-3:]) if scores.dim() > 3 else scores[:, None]).view_as(
-            scores
-        )
+        # More dimensions in front are all samples, see above; without heads there is one, likewise without samples.
+        if scores.dim() > 3:
+            by_head = scores.reshape(-1, *scores.shape[-3:])
+        else:
+            by_head = scores[:, None] if scores.dim() == 3 else scores[None, None]
+        return self.on_scores(by_head).view_as(scores)
 
     def attention(
         self,
@@ -196,6 +211,8 @@ class Dropped(AttentionWeights):
         plain = attn_mask is None and dropout_p == 0 and query.dim() == 4 and query.shape == value.shape == key.shape
         if self.fused is not None and plain:
             return self.fused(*as_autocast_would(query, key, value), causal=is_causal, scale=scale)
+        if attn_mask is not None:
+            _check_mask(attn_mask, query, is_causal)
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         scores = (query * factor) @ key.transpose(-1, -2)
         if is_causal:
@@ -209,5 +226,6 @@ class Dropped(AttentionWeights):
             # A query that sees nothing, padding for example, gets zeros, as from PyTorch's function.
             blind = unseen.all(-1, keepdim=True)
             scores = (scores + added).masked_fill(unseen & ~blind, -torch.inf).masked_fill(blind, 0.0)
-            weights = self.softmax(scores).masked_fill(blind, 0.0)
+            # A mask in float32 made the scores float32, too: its numbers may be too large for float16.
+            weights = self.softmax(scores).masked_fill(blind, 0.0).to(query.dtype)
         return F.dropout(weights, dropout_p) @ value

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import NoReturn
+from typing import TextIO
 
 from .draw import MAX_MAP
 from .draw import SUFFIXES
@@ -100,7 +104,7 @@ def _sites(arguments: argparse.Namespace, _command: Sequence[str]) -> int:
         raise ValueError(f"--output needs --policy, got {arguments.output} without one")
     model, example = open_model(arguments.model)
     if arguments.policy is not None:
-        with running(arguments.model, model, example):
+        with running(arguments.model, model, example), _warnings_in_one_line():
             fitted = load_policy(arguments.policy).fit(model, example)
         if arguments.output is not None:
             fitted.save(arguments.output)
@@ -120,6 +124,25 @@ def _map_size(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_MAP:
         raise argparse.ArgumentTypeError(f"must be an integer in [1, {MAX_MAP}], got {text!r}")
     return int(text)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Of warnings a user of the command wants the message, and not the line of source that made it."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        print(f"autodropout: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _fail(error: Exception) -> int:

@@ -14,12 +14,12 @@ from .patterns import Pattern
 from .patterns import TokenPattern
 from .patterns.checks import integer
 from .policy import LAYER_PLACES
+from .policy import Policy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    from .policy import Policy
     from .policy import Site
 
 PLACEMENTS = 8  # panels of a row: the first channel of so many samples
@@ -49,9 +49,11 @@ def draw_policy(policy: Policy, map_size: int = 32) -> Figure:
         A matplotlib Figure that belongs to nobody: no pyplot, no display, no global state.
 
     Raises:
-        TypeError, ValueError: map_size is not such an integer.
+        TypeError, ValueError: `policy` is no policy; map_size is not such an integer.
         ImportError: matplotlib is not installed.
     """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy, got {policy!r} of type {type(policy).__name__}")
     map_size = integer("map_size", map_size, 1, MAX_MAP)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -12,6 +12,7 @@ from torch import nn
 from .apply import check_kind
 from .apply import checked_site
 from .apply import plan_place
+from .nearest import by_name
 from .patterns import Pattern
 from .patterns import TiledPattern
 from .policy import PLACES
@@ -45,11 +46,23 @@ def fit_policy(policy: Policy, model: nn.Module, example: Example | None, verbos
         notes.append("residual: the model has no residual block of a known kind, left out")
         policy = replace(policy, sites=tuple(replace(s, pattern=_without_residual(s.pattern)) for s in policy.sites))
     plan = [step for place in places for step in plan_place(model, policy, place, found[place], example is not None)]
+    notes += [note for place in places for note in _unreached(model, policy, found[place])]
     described = describe(plan)  # refuses what drops too much
     if verbose:
         print("\n".join([*described, *notes]))
     sites = tuple(Site(site.name, site.depth, site.place, pattern) for site, pattern in plan)
     return Policy(sites, {"fitted_to": type(model).__name__, "from": dict(policy.provenance)})
+
+
+def _unreached(model: nn.Module, policy: Policy, targets: tuple[ModelSite, ...]) -> list[str]:
+    """A note of the patterns of a place that are for sites of this model, by name, which the example does not reach."""
+    place = targets[0].place
+    sources = tuple(site for site in policy.sites if site.place == place)
+    named = by_name(sources, targets, model)
+    if named is None:
+        return []
+    names = [site.name for site in sources if site.pattern is not None and site not in named.values()]
+    return [f"{place}: the example does not reach {', '.join(names)}, left out"] if names else []
 
 
 def describe(plan: Iterable[Step]) -> list[str]:

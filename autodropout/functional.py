@@ -8,11 +8,18 @@ from .kernels import bernoulli_dropout
 from .kernels import block_dropout
 from .kernels import tiled_dropout
 from .kernels import token_dropout
+from .kernels.seeds import as_rank
+from .kernels.seeds import check_seed
 from .patterns import BernoulliPattern
 from .patterns import BlockPattern
 from .patterns import Pattern
 from .patterns import TiledPattern
 from .patterns import TokenPattern
+from .patterns.checks import choice
+from .patterns.checks import flag
+
+NORMALIZE = ("mask", "expected", "none")
+LAYOUTS = ("NTC", "TNC", "NHTD", "NHQK")
 
 
 def pattern_dropout(
@@ -53,7 +60,14 @@ def pattern_dropout(
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a Pattern, got {pattern!r} of type {type(pattern).__name__}")
     layout = layout_of(pattern, layout)
-    if not training:
+    if not flag("training", training):
+        # What the op would refuse is refused here, too: a mistake does not wait for the first step of training.
+        if normalize is not None:
+            choice("normalize", normalize, NORMALIZE)
+        if seed is not None:
+            check_seed(seed, x.device)
+        if rank is not None:
+            as_rank(rank)
         return x
     return dispatch(
         x,
@@ -71,10 +85,13 @@ def layout_of(pattern: Pattern, layout: str | None) -> str:
     """The layout asked for, "NTC" for None.
 
     Raises:
-        ValueError: one was asked for, and the pattern would take tokens for channels, or for samples.
+        TypeError: it is no string.
+        ValueError: it is none that there is; one was asked for, and the pattern would take tokens for channels, or for
+            samples.
     """
     if layout is None:
         return "NTC"
+    layout = choice("layout", layout, LAYOUTS)
     if isinstance(pattern, BernoulliPattern):
         of_maps = pattern.shared == "map" or (pattern.shared == "sample" and layout == "TNC")
     else:

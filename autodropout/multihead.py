@@ -60,7 +60,8 @@ def multi_head_attention(
     """As PyTorch's function of that name; the weights that it returns are those that were used, dropped ones zero.
 
     Raises:
-        ValueError: another width than promised.
+        TypeError: a mask that is neither boolean nor floating.
+        ValueError: another width than promised, a mask of another shape, `is_causal` without a mask.
     """
     if query.shape[-1] != embed_dim_to_check:
         raise ValueError(f"query must have {embed_dim_to_check} channels, got {query.shape[-1]}")
@@ -69,13 +70,18 @@ def multi_head_attention(
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     length, samples, width = query.shape
+    if is_causal and attn_mask is None:
+        raise ValueError("attn_mask must be the causal mask where is_causal is True, got None")
     # PyTorch takes the hint that the mask is a causal one where it can, and the mask elsewhere.
     causal = is_causal and key_padding_mask is None and not need_weights
-    mask = None if causal or attn_mask is None else _added(attn_mask, query)
-    if mask is not None and mask.dim() == 3:
-        mask = mask.view(samples, num_heads, length, -1)
+    mask = None
+    if attn_mask is not None and not causal:
+        shapes = (length, key.shape[0]), (samples * num_heads, length, key.shape[0])
+        mask = _added("attn_mask", attn_mask, query, *shapes)
+        mask = mask.view(samples, num_heads, length, -1) if mask.dim() == 3 else mask
     if key_padding_mask is not None:
-        padding = _added(key_padding_mask, query)[:, None, None]
+        keys = key.shape[0] if static_k is None else static_k.shape[1]
+        padding = _added("key_padding_mask", key_padding_mask, query, (samples, keys))[:, None, None]
         mask = padding if mask is None else mask + padding
 
     packed = None if use_separate_proj_weight else in_proj_weight
@@ -124,6 +130,11 @@ def _projections(
     return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True) if w is not None]
 
 
-def _added(mask: Tensor, x: Tensor) -> Tensor:
+def _added(name: str, mask: Tensor, x: Tensor, *shapes: tuple[int, ...]) -> Tensor:
     """What is added to the scores: a boolean mask is True where nothing is seen."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
+    if tuple(mask.shape) not in shapes:
+        allowed = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{name} must have shape {allowed}, got {tuple(mask.shape)}")
     return x.new_zeros(mask.shape).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(x.dtype)

@@ -9,19 +9,19 @@ import torch
 import torch.fx
 from torch import nn
 
+from .functional import LAYOUTS
+from .functional import NORMALIZE
 from .functional import dispatch
 from .functional import layout_of
 from .functional import sharing
 from .patterns import BernoulliPattern
 from .patterns import BlockPattern
 from .patterns import Pattern
+from .patterns.block import MAX_RATE
 from .patterns.checks import choice
 from .patterns.checks import flag
 from .patterns.checks import real
 from .policy import LAYER_PLACES
-
-NORMALIZE = ("mask", "expected", "none")
-LAYOUTS = ("NTC", "TNC", "NHTD", "NHQK")
 
 
 class PatternDropout(nn.Module):
@@ -42,10 +42,13 @@ class PatternDropout(nn.Module):
 
     Raises:
         TypeError: `pattern` is not a pattern, or `normalize` or `layout` not a string.
-        ValueError: `normalize` or `layout` is none of the above, or `pattern`, also one set later, not for `layout`.
+        ValueError: `normalize` or `layout` is none of the above, or `pattern` not for `layout`.
+
+        All three may be set later, and are checked then.
     """
 
     _asked_layout: str | None = None  # where it is None, `layout` is "NTC", but patterns of maps are allowed
+    _normalize: str | None
     # Plain attributes, no buffer: a buffer would follow the module to the GPU, and reading it costs a host sync. What
     # Dynamo sees of a pattern is a graph input (the numbers) and constants (the op, what a decision is shared by).
     _pattern: Pattern
@@ -56,10 +59,26 @@ class PatternDropout(nn.Module):
 
     def __init__(self, pattern: Pattern, normalize: str | None = None, layout: str | None = None) -> None:
         super().__init__()
-        self.normalize = None if normalize is None else choice("normalize", normalize, NORMALIZE)
-        self.layout = "NTC" if layout is None else choice("layout", layout, LAYOUTS)
-        self._asked_layout = layout
+        self.normalize = normalize
+        self._asked_layout = layout  # checked with the pattern
         self.pattern = pattern
+
+    @property
+    def normalize(self) -> str | None:
+        return self._normalize
+
+    @normalize.setter
+    def normalize(self, normalize: str | None) -> None:
+        self._normalize = None if normalize is None else choice("normalize", normalize, NORMALIZE)
+
+    @property
+    def layout(self) -> str:
+        return "NTC" if self._asked_layout is None else self._asked_layout
+
+    @layout.setter
+    def layout(self, layout: str | None) -> None:
+        layout_of(self._pattern, layout)  # refuses what is none, and what the pattern is not for
+        self._asked_layout = layout
 
     @property
     def pattern(self) -> Pattern:
@@ -91,8 +110,12 @@ class PatternDropout(nn.Module):
             if getattr(self.pattern, field.name) != field.default
         ]
         normalize = "" if self.normalize is None else f", normalize={self.normalize!r}"
-        layout = "" if self.layout == "NTC" else f", layout={self.layout!r}"
+        layout = "" if self._asked_layout is None else f", layout={self._asked_layout!r}"
         return f"{type(self.pattern).__name__}({', '.join(values)}){normalize}{layout}"
+
+    def _is_still(self, op: str, shared: str | bool | tuple[int, ...], *normalize: str | None) -> bool:
+        """Whether the class and its own arguments say all, with one of these `normalize`: everything may be set."""
+        return (self._op, self._shared, self._asked_layout) == (op, shared, None) and self._normalize in normalize
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -149,6 +172,9 @@ class SoftmaxSite(PatternSite):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.softmax(-1)
 
+    def extra_repr(self) -> str:
+        return ""
+
 
 class _Dropout(PatternDropout):
     """What the classical kinds have in common: a probability `p`, the scale 1 / (1 - p), and the dimensions of x."""
@@ -163,21 +189,23 @@ class _Dropout(PatternDropout):
     def p(self) -> float:
         return _rate(self, "p")
 
+    @p.setter
+    def p(self, p: float) -> None:
+        _set_rate(self, "p", p)
+
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         if self._dims is not None and x.dim() != len(self._dims):
             raise ValueError(f"x must be ({', '.join(self._dims)}), got shape {tuple(x.shape)}")
         return super()._drop(x)
 
     def extra_repr(self) -> str:
-        # Another pattern may have been set, of which the class and `p` would not say all; likewise below.
-        if (self._op, self._shared) != (BernoulliPattern.op, self._shares):
-            return super().extra_repr()
-        return f"p={self.p}"
+        return f"p={self.p}" if self._is_still(BernoulliPattern.op, self._shares, None) else super().extra_repr()
 
 
 class Dropout(_Dropout):
     """Drops single cells of x (batch first, any shape) with probability `p`, scaled by 1 / (1 - p); as
-    `torch.nn.Dropout`, but with bits that are the same on every device, and no mask kept for backward.
+    `torch.nn.Dropout`, but with bits that are the same on every device, no mask kept for backward, and no `inplace`.
+    `module.p` may be set at any time, here and in the other classes.
 
     Raises:
         TypeError, ValueError: `p` is not a number in [0, 1].
@@ -247,7 +275,7 @@ class VariationalDropout(_Dropout):
 
 class DropPath(PatternDropout):
     """Drops whole samples of x (batch first) with probability `drop_prob`: stochastic depth, for the end of a residual
-    branch; as `timm.layers.DropPath`.
+    branch; as `timm.layers.DropPath`. `module.drop_prob` may be set at any time.
 
     Args:
         drop_prob: in [0, 1].
@@ -266,14 +294,19 @@ class DropPath(PatternDropout):
     def drop_prob(self) -> float:
         return _rate(self, "drop_prob")
 
+    @drop_prob.setter
+    def drop_prob(self, drop_prob: float) -> None:
+        _set_rate(self, "drop_prob", drop_prob)
+
     def extra_repr(self) -> str:
-        if (self._op, self._shared) != (BernoulliPattern.op, "sample"):
+        if not self._is_still(BernoulliPattern.op, "sample", "expected", "none"):
             return super().extra_repr()
         return f"drop_prob={self.drop_prob}" + ("" if self.normalize == "expected" else ", scale_by_keep=False")
 
 
 class DropBlock2d(PatternDropout):
-    """Drops squares of side `block_size` of x (N, C, H, W), each channel its own; as `torchvision.ops.DropBlock2d`.
+    """Drops squares of side `block_size` of x (N, C, H, W), each channel its own; as `torchvision.ops.DropBlock2d`,
+    without its `inplace` and `eps`.
 
     The expected dropped share is `p` itself, on every map, where the usual formula ignores overlaps and borders.
 
@@ -286,20 +319,34 @@ class DropBlock2d(PatternDropout):
     """
 
     def __init__(self, p: float, block_size: int) -> None:
-        super().__init__(BlockPattern(rate=real("p", p, 0.0, 0.95), block_size=block_size))
+        super().__init__(BlockPattern(rate=real("p", p, 0.0, MAX_RATE), block_size=block_size))
 
     @property
     def p(self) -> float:
         return _rate(self, "p")
 
+    @p.setter
+    def p(self, p: float) -> None:
+        _set_rate(self, "p", p)
+
     def extra_repr(self) -> str:
-        if not isinstance(self.pattern, BlockPattern) or self.pattern.share_c:
+        if not isinstance(self.pattern, BlockPattern) or not self._is_still(BlockPattern.op, False, None):
             return super().extra_repr()
         return f"p={self.p}, block_size={self.pattern.block_size}"
 
 
 def _rate(module: PatternDropout, name: str) -> float:
+    return _rated(module, name).rate
+
+
+def _set_rate(module: PatternDropout, name: str, rate: float) -> None:
+    pattern = _rated(module, name)
+    high = MAX_RATE if isinstance(pattern, BlockPattern) else 1.0
+    module.pattern = dataclasses.replace(pattern, rate=real(name, rate, 0.0, high))
+
+
+def _rated(module: PatternDropout, name: str) -> BernoulliPattern | BlockPattern:
     # No AttributeError: nn.Module would replace it by one without this message.
     if not isinstance(module.pattern, (BernoulliPattern, BlockPattern)):
         raise TypeError(f"{name} needs a BernoulliPattern or a BlockPattern, got {module.pattern!r}")
-    return module.pattern.rate
+    return module.pattern

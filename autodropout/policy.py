@@ -125,7 +125,10 @@ class Policy:
 
     @classmethod
     def uniform(cls, pattern: Pattern | None) -> Policy:
-        """The same pattern at every site: one site named "*", to which all others are nearest."""
+        """The same pattern at every batch normalisation: one site named "*", to which all others are nearest.
+
+        For another place name it: `Policy((Site("*", 0.0, place, pattern),))`.
+        """
         return cls((Site("*", 0.0, pattern=pattern),))
 
     def pattern_at(self, depth: float) -> Pattern | None:
@@ -221,9 +224,13 @@ def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
             file), or the path of a JSON file.
 
     Raises:
+        TypeError: neither a string nor a path.
         ValueError: neither a shipped name nor a file; not a valid policy. The latter names file and field.
         OSError: the file cannot be read.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        kind = type(name_or_path).__name__
+        raise TypeError(f"name_or_path must be a string or a path, got {name_or_path!r} of type {kind}")
     shipped = shipped_policies()
     file: Traversable = Path(name_or_path)
     if isinstance(name_or_path, str) and name_or_path in shipped:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from .fused import BatchNormPatternReLU2d
 from .nn import PatternDropout
 from .patterns import Pattern
 from .patterns.checks import integer
@@ -22,6 +23,7 @@ from .patterns.checks import real
 
 STRENGTH = "strength"
 MAX_STEPS = 2**53  # up to here a step is a float without rounding
+SCHEDULED = (PatternDropout, BatchNormPatternReLU2d)
 
 
 class LinearSchedule:
@@ -42,7 +44,8 @@ class LinearSchedule:
     pattern. A captured CUDA graph keeps the pattern of its capture; see docs/training.md.
 
     Args:
-        model: any module with a `PatternDropout` in it, or one itself. All that it holds are scheduled.
+        model: any module with a `PatternDropout` or a `BatchNormPatternReLU2d` in it, or one itself. All that it holds
+            are scheduled.
         start, end: values of the field, each of them allowed by every pattern.
         steps: from `start` to `end`, at least 1.
         field: a numeric field that all patterns have, as `"rate"`, `"size"` or `"block_size"`; or `"strength"`, which
@@ -54,27 +57,32 @@ class LinearSchedule:
 
     Raises:
         TypeError: an argument is of another type than stated above.
-        ValueError: there is no `PatternDropout`, a pattern has no such field or refuses a value; the message names it.
+        ValueError: there is none of these modules, a pattern has no such field or refuses a value; the message names
+            it. What a pattern drops of a map is not looked at, for the maps are not known here: the limit of
+            `apply_policy` is one of the patterns that it is given.
     """
 
     def __init__(self, model: nn.Module, start: float, end: float, steps: int, field: str = "rate") -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        self._modules = {name: m for name, m in model.named_modules() if isinstance(m, PatternDropout)}
+        self._modules = {name: m for name, m in model.named_modules() if isinstance(m, SCHEDULED)}
         if not self._modules:
-            raise ValueError(f"model must have a PatternDropout, got {type(model).__name__} without one")
+            kinds = " or ".join(kind.__name__ for kind in SCHEDULED)
+            raise ValueError(f"model must have a {kinds}, got {type(model).__name__} without one")
         self._set(start, end, steps, field, 0, [module.pattern for module in self._modules.values()])
 
     @property
     def value(self) -> float:
-        if self.last_step >= self.steps:
-            return self.end
-        return self.start + (self.end - self.start) * (self.last_step / self.steps)
+        return self._value_at(self.last_step)
 
     def step(self) -> None:
-        """Moves on by one step and sets the patterns."""
-        self.last_step += 1
-        self._apply()
+        """Moves on by one step and sets the patterns.
+
+        Raises:
+            ValueError: a module has a pattern of another kind by now, which lacks the field or refuses the value.
+                Nothing is changed.
+        """
+        self._move_to(self.last_step + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs, in types that `torch.load(weights_only=True)` and JSON know."""
@@ -128,18 +136,35 @@ class LinearSchedule:
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{argument} must be allowed by the pattern of {site}: {error}") from error
         self.start, self.end = _number("start", start), _number("end", end)
-        self.steps, self.field, self.last_step, self._own = steps, field, last_step, own
-        self._apply()
+        self.steps, self.field, self._own = steps, field, own
+        self._move_to(last_step)
 
-    def _apply(self) -> None:
-        for module, own in zip(self._modules.values(), self._own, strict=True):
-            if self.field == STRENGTH:
-                module.pattern = _changed(own, STRENGTH, self.value)
-                continue
-            value = self.value
-            if isinstance(getattr(own, self.field), int):
-                value = math.floor(value + 0.5)
-            module.pattern = _changed(module.pattern, self.field, value)
+    def _value_at(self, step: int) -> float:
+        if step >= self.steps:
+            return self.end
+        return self.start + (self.end - self.start) * (step / self.steps)
+
+    def _move_to(self, step: int) -> None:
+        """All patterns are made before the first is set."""
+        value = self._value_at(step)
+        patterns = [self._moved(name, own, value) for name, own in zip(self._modules, self._own, strict=True)]
+        for module, pattern in zip(self._modules.values(), patterns, strict=True):
+            module.pattern = pattern
+        self.last_step = step
+
+    def _moved(self, name: str, own: Pattern, value: float) -> Pattern:
+        if self.field == STRENGTH:
+            return _changed(own, STRENGTH, value)
+        pattern = self._modules[name].pattern
+        site = name or "model"
+        if self.field not in _numeric(pattern):
+            raise ValueError(f"pattern of {site} must have a field {self.field!r}, got {pattern!r}")
+        if isinstance(getattr(own, self.field), int):
+            value = math.floor(value + 0.5)
+        try:
+            return _changed(pattern, self.field, value)
+        except ValueError as error:
+            raise ValueError(f"value must be allowed by the pattern of {site}: {error}") from error
 
 
 def _like(own: Pattern, pattern: Pattern, path: str, name: str) -> Pattern:

@@ -4,7 +4,7 @@ Two places are known in ConvNets (Pham & Le 2021 mask the output of batch normal
 stochastic depth):
 
 - `"batch_norm"`: the output of every `BatchNorm2d` (and subclasses, and `SyncBatchNorm`), before the activation, except
-  on a shortcut branch (`on_shortcut` of conventions.py).
+  on a shortcut branch (`on_shortcut` of conventions.py). A `BatchNormPatternReLU2d` has its own pattern and is none.
 - `"branch"`: the output of every `nn.Identity` that is called `branch`, the end of a residual branch by the convention
   of `autodropout.reproduce.models.wide_resnet`.
 
@@ -19,6 +19,7 @@ patterns of a model with one stack reach all depths of both (our choice).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .attention_weights import Listener
 from .conventions import Spot
@@ -36,6 +38,7 @@ from .conventions import attends_time_first
 from .conventions import find_spots
 from .conventions import on_shortcut
 from .conventions import skip_child
+from .fused import BatchNormPatternReLU2d
 from .nn import PatternSite
 from .policy import LAYER_PLACES
 from .policy import PLACES
@@ -97,8 +100,10 @@ def find_sites(model: nn.Module, example: Example | None = None, place: str = "b
         A tuple of sites, empty if there are none.
 
     Raises:
-        ValueError: `place` is none of them; no example for a Transformer that does not mark its places, where it takes
-            a run to know which modules do what their names say.
+        TypeError: `model` is no module, `example` none of these.
+        ValueError: `place` is none of them; the model has parameters that are not initialised yet, and an example; no
+            example for a Transformer that does not mark its places, where it takes a run to know which modules do what
+            their names say.
     """
     if place not in PLACES:
         raise ValueError(f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}")
@@ -109,7 +114,12 @@ def sites_by_place(
     model: nn.Module, example: Example | None, places: Sequence[str]
 ) -> dict[str, tuple[ModelSite, ...]]:
     """The sites of several places, as of `find_sites`, from one run of the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     model = uncompiled(model)
+    if example is not None:
+        check_example(example)
+        _check_initialised(model)
     modules = dict(model.named_modules())
     spots = {s.name: s for s in find_spots(model) if s.place in places} if set(places) & set(LAYER_PLACES) else {}
     if spots and example is None:
@@ -117,19 +127,50 @@ def sites_by_place(
             f"example must be given, got None: the places of {type(model).__name__} are known by the names of its "
             "modules, and only a run shows which of them do what their names say"
         )
-    candidates = {
-        place: {name for name in modules if _is_site(name, modules, place)}
-        | {name for name, spot in spots.items() if spot.place == place}
-        for place in places
-    }
-    names = [name for name in modules if any(name in of_place for of_place in candidates.values())]
+    could_be = {place: _candidates(modules, spots.values(), place) for place in places}
+    names = [name for name in modules if any(name in of_place for of_place in could_be.values())]
     watched = {name: modules[name] for name in names}
     seen: dict[str, tuple[Size, ...]]
     seen = dict.fromkeys(names, ()) if example is None else _trace(model, watched, spots, example)
     return {
         place: _sites(model, place, {name: sizes for name, sizes in seen.items() if name in of_place}, spots)
-        for place, of_place in candidates.items()
+        for place, of_place in could_be.items()
     }
+
+
+def candidates(model: nn.Module, place: str) -> set[str]:
+    """The names of what could be sites of a place, whether or not an example reaches them."""
+    spots = find_spots(model) if place in LAYER_PLACES else ()
+    return _candidates(dict(model.named_modules()), spots, place)
+
+
+def _candidates(modules: Mapping[str, nn.Module], spots: Iterable[Spot], place: str) -> set[str]:
+    marked = {name for name in modules if _is_site(name, modules, place)}
+    return marked | {spot.name for spot in spots if spot.place == place}
+
+
+def check_example(example: object) -> None:
+    """Refuses what a model cannot be called with.
+
+    Raises:
+        TypeError: it is neither a tensor nor a tuple nor a mapping.
+    """
+    if not isinstance(example, (Tensor, tuple, Mapping)):
+        kind = type(example).__name__
+        raise TypeError(
+            f"example must be a tensor, a tuple of positional or a mapping of keyword arguments, got {kind}; "
+            f"(example,) for a model that is called with one {kind}"
+        )
+
+
+def _check_initialised(model: nn.Module) -> None:
+    """A run would make a lazy module another one for good."""
+    for name, module in model.named_modules():
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(is_lazy(tensor) for tensor in tensors):
+            raise ValueError(
+                f"model must have initialised parameters, got a {type(module).__name__} that has never run at {name!r}"
+            )
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -174,13 +215,15 @@ def _depths(names: Sequence[str], place: str) -> dict[str, float]:
     return depths
 
 
-def _is_site(name: str, modules: dict[str, nn.Module], place: str) -> bool:
+def _is_site(name: str, modules: Mapping[str, nn.Module], place: str) -> bool:
     module = modules[name]
     if place == "branch":
         return name.split(".")[-1] == "branch" and isinstance(module, nn.Identity)
     if place != "batch_norm":
         return isinstance(module, PatternSite) and module.place == place
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not on_shortcut(name, modules)
+    normalises = isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    fused = isinstance(module, BatchNormPatternReLU2d)  # drops by itself, and its output has seen the activation
+    return normalises and not fused and not on_shortcut(name, modules)
 
 
 def _target(name: str, module: nn.Module) -> str:

@@ -7,8 +7,8 @@ is downloaded.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .loading import load_file
 from .sites import Example
+from .sites import check_example
 from .sites import uncompiled
 
 IMAGE_SIDE = 224
@@ -63,7 +65,7 @@ def running(name: str, model: nn.Module, example: Example) -> Iterator[None]:
     ]
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not inside:
             raise
         raise ValueError(
@@ -90,7 +92,7 @@ def _told(what: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
         yield
     except but:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
 
 
@@ -153,19 +155,28 @@ def _device(model: nn.Module) -> torch.device:
 def _from_file(path: Path, function: str) -> tuple[nn.Module, Example]:
     if not path.is_file():
         raise ValueError(f"model must be in a file that exists, got {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with _told(f"{path} cannot be imported"):
-        spec.loader.exec_module(module)
+    with _told(f"{path} cannot be imported"), _beside(path):
+        module = load_file("model", path, f"autodropout_model_{path.stem}")
     if not callable(getattr(module, function, None)):
         raise ValueError(f"model must be a function of {path}, got {function!r}")
-    with _told(f"{path}:{function} must return (model, example)"):
+    with _told(f"{path}:{function} must return (model, example)"), _beside(path):
         opened = getattr(module, function)()
     if not (isinstance(opened, tuple) and len(opened) == 2 and isinstance(opened[0], nn.Module)):
         raise ValueError(f"{path}:{function} must return (model, example), got {type(opened).__name__}")
+    with _told(f"{path}:{function} must return (model, example)"):
+        check_example(opened[1])
     return opened
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[None]:
+    """The file may import its neighbours, as it may when Python runs it."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 _LIBRARIES = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}

@@ -1,4 +1,4 @@
-"""What compilers make of every kernel but attention's, without a GPU: `python bench/machine_code.py`, in the root of a checkout.
+"""What compilers make of the kernels, but attention's, without a GPU: `python bench/machine_code.py` in a checkout.
 
 Compiles all kernels of every case of launches.py for CUDA 80, 90, 100, 120 and HIP gfx90a, gfx942, gfx950, and prints
 one table. `--json FILE` writes the rows, `--page` writes docs/machine-code.md. What was compiled before is kept in

@@ -37,15 +37,9 @@ def as_seed(seed: Seed, device: torch.device) -> torch.Tensor:
             return _draw_seed(device=device)
         drawn: torch.Tensor = torch.ops.autodropout.draw_seed(device=device)
         return drawn
+    check_seed(seed, device)
     if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}")
-        if seed.dim() != 0:
-            raise ValueError(f"seed must be a 0-d tensor, got shape {tuple(seed.shape)}")
-        if seed.device != device:
-            raise ValueError(f"seed must be on the device of x, {device}, got {seed.device}")
         return seed
-    _check_number(seed)
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
@@ -58,10 +52,24 @@ def as_number(seed: Seed) -> int:
         if _OF_THREAD.seed is None:  # not at import, which may be under a mode that makes other tensors
             _OF_THREAD.seed = torch.empty((), dtype=torch.int64, device=CPU)
         return int(_OF_THREAD.seed.random_(*SEEDS))
+    check_seed(seed, CPU)
+    return int(seed)
+
+
+def check_seed(seed: torch.Tensor | int, device: torch.device) -> None:
+    """Refuses what `as_seed` refuses, and reads no value of a tensor."""
     if isinstance(seed, torch.Tensor):
-        return int(as_seed(seed, CPU))
-    _check_number(seed)
-    return seed
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}")
+        if seed.dim() != 0:
+            raise ValueError(f"seed must be a 0-d tensor, got shape {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"seed must be on the device of x, {device}, got {seed.device}")
+        return
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed must be None, an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
 
 
 class _OfThread(threading.local):
@@ -69,13 +77,6 @@ class _OfThread(threading.local):
 
 
 _OF_THREAD = _OfThread()
-
-
-def _check_number(seed: object) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"seed must be None, an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
 
 
 def as_rank(rank: int | None) -> int:

@@ -223,6 +223,19 @@ def test_refuses_the_wrong_things() -> None:
     assert refused(small(), {"sites": []}, error=TypeError) == "policy must be a Policy, got dict"
     with pytest.raises(TypeError, match=r"^model must be an nn\.Module, got Policy$"):
         apply_policy(Policy.uniform(TILED), small())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^model must be an nn\.Module, got NoneType$"):
+        remove_policy(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", ["batch_norm", "branch"])
+@pytest.mark.parametrize("shared", [(4,), (0, 9)])
+def test_maps_have_four_dimensions(place: str, shared: tuple[int, ...]) -> None:
+    """Also where the policy comes from a file. The last of the four is one."""
+    policy = Policy((Site("end", 0.5, place, BernoulliPattern(0.2, shared)),))
+    for each in (policy, Policy.from_json(policy.to_json())):
+        message = refused(small(), each)
+        assert message == f"shared must hold dimensions of maps, 0 to 3, got {shared} at 'end'"
+    assert apply_policy(small(), Policy.uniform(BernoulliPattern(0.2, (0, 3))))
 
 
 def test_refuses_a_rate_above_095_by_name_map_and_rate() -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from autodropout.cli import main
 from autodropout.patterns import BlockPattern
+from autodropout.patterns import TiledPattern
 from autodropout.policy import Policy
+from autodropout.policy import Site
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -145,12 +147,18 @@ def wrong():
     return Wrong(), (ones(1, 3, 4, 4), {"a": [ones(2), 3]})
 def fails():
     return {}["key"]
+def exits():
+    raise SystemExit(3)
+def listed():
+    return nn.BatchNorm2d(3), [ones(1, 3, 4, 4)]
 """
 
 
 @pytest.mark.parametrize(
     ("function", "policy", "message"),
     [
+        ("exits", [], "own.py:exits must return (model, example): SystemExit: 3"),
+        ("listed", [], "own.py:listed must return (model, example): TypeError: example must be a tensor, a tuple of"),
         ("fails", [], "own.py:fails must return (model, example): KeyError: 'key'"),
         (
             "wrong",
@@ -183,6 +191,25 @@ def test_a_file_that_cannot_be_imported(
     assert fails(["sites", "own.py:f"], capsys) == (
         "autodropout: error: own.py cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"
     )
+
+
+def test_a_file_that_exits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("import sys\nsys.exit('no data')\n", encoding="utf-8")
+    assert fails(["sites", "own.py:f"], capsys) == (
+        "autodropout: error: own.py cannot be imported: SystemExit: no data"
+    )
+
+
+def test_a_warning_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    policy = Policy((Site("layer4.1.bn2", 1.0, pattern=TiledPattern(0.5)),))
+    policy.save("mine.json")
+    assert main(["sites", "torchvision:resnet18", "--policy", "mine.json"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("autodropout: warning: patterns go by depth, as the policy names only 1 of the 17 sites")
 
 
 def test_help_names_the_shipped_policies(capsys: pytest.CaptureFixture[str]) -> None:

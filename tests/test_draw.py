@@ -150,6 +150,8 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
             draw_policy(MIXED, size)
     with pytest.raises(TypeError, match=r"^map_size must be an integer in \[1, 512\], got 8\.5 of type float$"):
         draw_policy(MIXED, 8.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^policy must be a Policy, got 'hand-v0' of type str$"):
+        draw_policy("hand-v0")  # type: ignore[arg-type]
 
 
 def test_one_cell_is_a_map() -> None:

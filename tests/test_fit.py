@@ -97,6 +97,27 @@ def test_it_says_what_goes_where_and_what_is_left_out(capsys: pytest.CaptureFixt
     assert fitted.sites == (Site("norm", 0.0, pattern=TiledPattern(0.5)),)
 
 
+def test_it_says_which_sites_the_example_does_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head, self.off = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.norm(x)
+            return y
+
+    pattern = BernoulliPattern(0.1)
+    policy = Policy(
+        (Site("norm", 0.0, pattern=pattern), Site("head", 0.5, pattern=pattern), Site("off", 1.0, pattern=None))
+    )
+    fitted = policy.fit(WithHead(), torch.zeros(1, 3, 8, 8))
+    assert capsys.readouterr().out.splitlines()[-1] == "batch_norm: the example does not reach head, left out"
+    assert fitted.sites == policy.sites[:1]
+    policy.fit(WithHead())
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_without_any_place_it_is_refused() -> None:
     with pytest.raises(ValueError, match="model has no sites of the places query, key: Linear"):
         OF_LAYERS.fit(nn.Linear(2, 2), torch.zeros(1, 2))

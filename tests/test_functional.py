@@ -13,6 +13,7 @@ from autodropout import BernoulliPattern
 from autodropout import BlockPattern
 from autodropout import Pattern
 from autodropout import TiledPattern
+from autodropout import TokenPattern
 from autodropout import pattern_dropout
 from autodropout.kernels import bernoulli_dropout
 from autodropout.kernels import block_dropout
@@ -115,6 +116,45 @@ def test_bernoulli_takes_tokens() -> None:
 def test_refuses_what_is_no_pattern(training: bool) -> None:
     with pytest.raises(TypeError, match=r"^pattern must be a Pattern, got 0\.1 of type float$"):
         pattern_dropout(activation(), 0.1, training=training)  # type: ignore[arg-type]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "layout": ({"layout": "banana"}, ValueError, "layout must be one of 'NTC', 'TNC', 'NHTD', 'NHQK', got 'banana'"),
+    "layout type": ({"layout": 3}, TypeError, "layout must be one of .*, got 3 of type int"),
+    "normalize": ({"normalize": "mean"}, ValueError, "normalize must be .*'mean'"),
+    "normalize type": ({"normalize": 5}, TypeError, "normalize must be .*, got 5 of type int"),
+    "seed": ({"seed": "x"}, TypeError, "seed must be None, an int or a 0-d int64 tensor, got str"),
+    "rank": ({"rank": -1}, ValueError, r"rank must be in \[0, 2\^32\), got -1"),
+}
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, TokenPattern(2, rate=0.5)], ids=repr)
+@pytest.mark.parametrize(("arguments", "error", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("training", [True, False])
+def test_arguments_are_checked_in_evaluation_too(
+    pattern: Pattern, arguments: dict[str, Any], error: type[Exception], message: str, training: bool
+) -> None:
+    x = activation(4, 11, 6) if isinstance(pattern, TokenPattern) else activation()
+    with pytest.raises(error, match=f"^{message}"):
+        pattern_dropout(x, pattern, training=training, **arguments)
+
+
+def test_training_is_a_flag() -> None:
+    for training in ("no", 1, None):
+        with pytest.raises(TypeError, match=f"^training must be True or False, got {training!r} of type "):
+            pattern_dropout(activation(), PATTERNS[0], training=training)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_arguments_compile_whole(training: bool) -> None:
+    def call(x: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        return pattern_dropout(x, pattern, training, seed=SEED, normalize="none", rank=2, layout="TNC")
+
+    torch._dynamo.reset()
+    x = activation(4, 11, 6)
+    for pattern in (BernoulliPattern(0.5), TokenPattern(2, rate=0.5)):
+        y = torch.compile(call, backend="aot_eager", fullgraph=True)(x, pattern)
+        assert torch.equal(y, call(x, pattern))
 
 
 def test_passes_on_the_complaints_of_the_op() -> None:

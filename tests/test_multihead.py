@@ -121,6 +121,39 @@ def test_keys_that_were_projected_before() -> None:
         torch.testing.assert_close(multi_head_attention(inside, *arguments, **options), expected)
     with pytest.raises(ValueError, match="query must have 8 channels, got 16"):
         multi_head_attention(inside, q, k, v, 8, *arguments[4:])
+    for name, shape in (("attn_mask", (QUERIES, KEYS)), ("key_padding_mask", (SAMPLES, KEYS))):
+        with pytest.raises(TypeError, match=f"{name} must be bool or floating, got torch.int64"):
+            multi_head_attention(inside, *arguments, **{name: torch.zeros(shape, dtype=torch.int64)})
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "one row": ({"attn_mask": torch.zeros(1, KEYS)}, ValueError, r"attn_mask must have shape .*, got \(1, 7\)"),
+    "one head": (
+        {"attn_mask": torch.zeros(1, QUERIES, KEYS)},
+        ValueError,
+        r"attn_mask .* \(12, 5, 7\), got \(1, 5, 7\)",
+    ),
+    "one sample": (
+        {"key_padding_mask": torch.zeros(1, KEYS)},
+        ValueError,
+        r"key_padding_mask must have shape \(3, 7\), got \(1, 7\)",
+    ),
+    "no mask": ({"is_causal": True}, ValueError, "attn_mask must be the causal mask where is_causal is True, got None"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_masks_that_pytorch_refuses(
+    arguments: dict[str, Any], error: type[Exception], message: str, need_weights: bool
+) -> None:
+    module = attention()
+    x = inputs(module, same=False)
+    with pytest.raises((RuntimeError, AssertionError)):
+        module(*x, need_weights=need_weights, **arguments)
+    apply_policy(module, everywhere(PATTERN, ("softmax",)), x)
+    with pytest.raises(error, match=message):
+        module(*x, need_weights=need_weights, **arguments)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

@@ -30,6 +30,8 @@ from autodropout.nn import DropBlock2d
 from autodropout.nn import Dropout
 from autodropout.nn import DropPath
 from autodropout.nn import PatternDropout
+from autodropout.nn import PatternSite
+from autodropout.nn import SoftmaxSite
 from autodropout.nn import SpatialDropout1d
 from autodropout.nn import SpatialDropout2d
 from autodropout.nn import SpatialDropout3d
@@ -92,6 +94,32 @@ def test_refuses_bad_arguments_and_keeps_what_it_had() -> None:
         PatternDropout(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^normalize must be one of 'mask', 'expected', 'none', got 'mean'$"):
         PatternDropout(PATTERNS[0], normalize="mean")
+
+
+def test_normalize_and_layout_can_be_set_and_are_checked() -> None:
+    module = PatternDropout(TokenPattern(2, rate=0.5), layout="NTC")
+    x = activation(4, 11, 6)
+    for name, allowed in (("normalize", "'mask', 'expected', 'none'"), ("layout", "'NTC', 'TNC', 'NHTD', 'NHQK'")):
+        before = getattr(module, name)
+        with pytest.raises(ValueError, match=f"^{name} must be one of {allowed}, got 'banana'$"):
+            setattr(module, name, "banana")
+        with pytest.raises(TypeError, match=f"^{name} must be one of {allowed}, got 3 of type int$"):
+            setattr(module, name, 3)
+        assert getattr(module, name) == before
+    module.normalize, module.layout = "none", "TNC"
+    torch.manual_seed(3)
+    expected = pattern_dropout(x, module.pattern, normalize="none", layout="TNC")
+    for same in (module, copy.deepcopy(module), by_pickle(module)):
+        assert torch.equal(draw(same, x), expected)
+    module.pattern = BernoulliPattern(0.5)
+    with pytest.raises(ValueError, match="^layout must be None for what takes"):
+        module.pattern = BernoulliPattern(0.5, "map")
+    module.layout = None  # type: ignore[assignment]
+    module.pattern = BernoulliPattern(0.5, "map")
+    with pytest.raises(ValueError, match="^layout must be None for what takes"):
+        module.layout = "NTC"
+    assert module.layout == "NTC"
+    module.pattern = TiledPattern(0.2)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +238,16 @@ def test_inductor_draws_the_eager_mask() -> None:
             PatternDropout(BernoulliPattern(0.1, shared=(2, 1))),
             "PatternDropout(BernoulliPattern(rate=0.1, shared=(1, 2)))",
         ),
+        (
+            PatternDropout(TokenPattern(2, rate=0.5), layout="NTC"),
+            "PatternDropout(TokenPattern(size=2, rate=0.5), layout='NTC')",
+        ),
+        (
+            PatternDropout(TokenPattern(2, rate=0.5), "none", "TNC"),
+            "PatternDropout(TokenPattern(size=2, rate=0.5), normalize='none', layout='TNC')",
+        ),
+        (PatternSite("query", "NHTD"), "PatternSite('query', layout='NHTD')"),
+        (SoftmaxSite(), "SoftmaxSite()"),
         (Dropout(), "Dropout(p=0.5)"),
         (SpatialDropout1d(), "SpatialDropout1d(p=0.5)"),
         (SpatialDropout2d(), "SpatialDropout2d(p=0.5)"),
@@ -254,6 +292,46 @@ def test_repr_of_a_pattern_set_later(module: PatternDropout, pattern: Pattern, t
     """The short form only where the class and its arguments would say all of it."""
     module.pattern = pattern
     assert repr(module) == text
+
+
+@pytest.mark.parametrize(
+    ("module", "normalize", "text"),
+    [
+        (Dropout(0.1), "mask", "Dropout(BernoulliPattern(rate=0.1), normalize='mask')"),
+        (DropBlock2d(0.1, 7), "none", "DropBlock2d(BlockPattern(rate=0.1, block_size=7), normalize='none')"),
+        (DropPath(0.1), "mask", "DropPath(BernoulliPattern(rate=0.1, shared='sample'), normalize='mask')"),
+        (DropPath(0.1), None, "DropPath(BernoulliPattern(rate=0.1, shared='sample'))"),
+        (DropPath(0.1), "none", "DropPath(drop_prob=0.1, scale_by_keep=False)"),
+    ],
+)
+def test_repr_of_another_scale_set_later(module: PatternDropout, normalize: str | None, text: str) -> None:
+    module.normalize = normalize
+    assert repr(module) == text
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "high"),
+    [
+        (Dropout(0.1), "p", 1),
+        (SpatialDropout2d(0.1), "p", 1),
+        (DropPath(0.1), "drop_prob", 1),
+        (DropBlock2d(0.1, 3), "p", 0.95),
+    ],
+)
+def test_a_probability_can_be_set_at_any_time(module: PatternDropout, name: str, high: float) -> None:
+    x, kind = activation(), type(module.pattern)
+    setattr(module, name, 0.3)
+    assert getattr(module, name) == 0.3
+    assert type(module.pattern) is kind
+    assert torch.equal(draw(module, x), draw_functional(x, module.pattern, module.normalize))
+    with pytest.raises(ValueError, match=rf"^{name} must be in \[0, {high}\], got 1\.5$"):
+        setattr(module, name, 1.5)
+    with pytest.raises(TypeError, match=rf"^{name} must be in \[0, {high}\], got '0\.2' of type str$"):
+        setattr(module, name, "0.2")
+    assert getattr(module, name) == 0.3
+    module.pattern = TiledPattern(0.3)
+    with pytest.raises(TypeError, match=f"^{name} needs a BernoulliPattern or a BlockPattern"):
+        setattr(module, name, 0.2)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from autodropout.patterns import BernoulliPattern
 from autodropout.patterns import BlockPattern
 from autodropout.patterns import Pattern
 from autodropout.patterns import TiledPattern
+from autodropout.patterns import TokenPattern
 
 EXAMPLES = [
     TiledPattern(0.25),
@@ -103,11 +104,14 @@ def test_rotate_is_any_finite_number() -> None:
             TiledPattern(0.5, rotate=value)
 
 
-def test_shared_is_one_of_three() -> None:
-    with pytest.raises(ValueError, match=r"^shared must be one of 'none', 'map', 'sample', got 'channel'$"):
+def test_shared_is_one_of_three_or_a_tuple() -> None:
+    allowed = r"^shared must be one of 'none', 'map', 'sample', or a tuple of dimensions, got"
+    with pytest.raises(ValueError, match=rf"{allowed} 'channel'$"):
         BernoulliPattern(0.5, shared="channel")
-    with pytest.raises(TypeError, match=r"^shared must be one of 'none', 'map', 'sample', got None of type NoneType$"):
+    with pytest.raises(TypeError, match=rf"{allowed} None of type NoneType$"):
         BernoulliPattern(0.5, shared=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=rf"{allowed} 1 of type int$"):
+        BernoulliPattern(0.5, shared=1)  # type: ignore[arg-type]
 
 
 def test_unlimited_tiles_need_a_gap() -> None:
@@ -255,7 +259,7 @@ def test_from_json_leaves_its_argument_alone() -> None:
         ({"op": "tiled"}, "p.size: missing"),
         ({"op": "block", "rate": 0.96, "block_size": 7}, "p.rate: must be in [0, 0.95], got 0.96"),
         ({"op": "block", "rate": 0.5}, "p.block_size: missing"),
-        ({"op": "bernoulli", "rate": 0.5, "shared": "all"}, "p.shared: must be one of 'none', 'map', 'sample', got"),
+        ({"op": "bernoulli", "rate": 0.5, "shared": "all"}, "p.shared: must be one of 'none', 'map', 'sample', or"),
         ({"op": "tile", "size": 1}, "p.op: must be one of "),
         ({"op": ["tiled"], "size": 1}, "p.op: must be one of "),
         ({"size": 1}, "p.op: must be one of "),
@@ -334,10 +338,16 @@ def test_expected_rate_of_the_others_is_the_rate() -> None:
         assert BlockPattern(0.3, 9).expected_rate(height, width) == 0.3
 
 
-def test_an_empty_map_is_refused() -> None:
+@pytest.mark.parametrize("pattern", [TiledPattern(0.5), BlockPattern(0.2, 3), BernoulliPattern(0.2)])
+def test_an_empty_map_is_refused(pattern: Pattern) -> None:
     for height, width, name in ((0, 3, "height"), (3, -1, "width")):
         with pytest.raises(ValueError, match=f"^{name} must be an integer in "):
-            TiledPattern(0.5).expected_rate(height, width)
+            pattern.expected_rate(height, width)
+    for sides, name in ((("a", 3), "height"), ((3, None), "width")):
+        with pytest.raises(
+            TypeError, match=f"^{name} must be an integer in .*, got {sides[name == 'width']!r} of type"
+        ):
+            pattern.expected_rate(*sides)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------- masks
@@ -402,7 +412,30 @@ def test_masks_deliver_the_expected_rate(pattern: Pattern) -> None:
     assert abs(dropped - pattern.expected_rate(7, 9)) < math.sqrt(math.log(2 / 1e-6) / (2 * n))
 
 
+@pytest.mark.parametrize("pattern", [*EXAMPLES, TokenPattern(2, 1, rate=0.5)])
+def test_sizes_of_a_mask_are_whole_numbers(pattern: Pattern) -> None:
+    names = "NTC" if isinstance(pattern, TokenPattern) else "NCHW"
+    for i, name in enumerate(names):
+        sizes: list[Any] = [2] * len(names)
+        for size, error in ((2.5, TypeError), (-1, ValueError)):
+            sizes[i] = size
+            with pytest.raises(error, match=rf"^{name} must be an integer in \[0, \d+\], got {size}"):
+                pattern.mask(*sizes, seed=0)
+
+
 # ---------------------------------------------------------------------------------------------------- imports
+
+
+def test_submodules_are_attributes_imported_when_first_used() -> None:
+    code = (
+        "import sys, autodropout; names = set(dir(autodropout)); assert {'nn', 'Policy', '__version__'} <= names; "
+        "bad = {'torch', 'autodropout.nn'} & set(sys.modules); assert not bad, bad; "
+        "assert autodropout.nn.Dropout(0.1).p == 0.1; assert autodropout.kernels.tiled_dropout; "
+        "[getattr(autodropout, name) for name in names]; "
+        "bad = {'triton', 'matplotlib', 'datasets'} & set(sys.modules); assert not bad, bad; "
+        "assert not hasattr(autodropout, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_patterns_and_policies_load_without_the_ops() -> None:

@@ -305,6 +305,8 @@ def test_unknown_names_list_the_shipped_ones(tmp_path: Path) -> None:
         message = f"policy must be a file or one of the shipped policies ({shipped}), got '{name}'"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             load_policy(name)
+    with pytest.raises(TypeError, match=r"^name_or_path must be a string or a path, got None of type NoneType$"):
+        load_policy(None)  # type: ignore[arg-type]
 
 
 def test_a_shipped_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

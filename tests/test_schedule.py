@@ -29,6 +29,7 @@ from autodropout import Policy
 from autodropout import TiledPattern
 from autodropout import apply_policy
 from autodropout import pattern_dropout
+from autodropout.fused import BatchNormPatternReLU2d
 from autodropout.nn import DropBlock2d
 from autodropout.nn import DropPath
 from autodropout.nn import PatternDropout
@@ -133,6 +134,19 @@ def test_starts_at_once() -> None:
     LinearSchedule(layer, 0.0, 0.3, 10)
     x = activation((8, 4))
     assert torch.equal(layer(x), x)
+
+
+def test_fused_layers_are_scheduled() -> None:
+    pattern = TiledPattern(0.4, stride=0.2)
+    fused, dropout = BatchNormPatternReLU2d(3, pattern), PatternDropout(pattern)
+    schedule = LinearSchedule(nn.Sequential(fused, dropout), 0.0, 1.0, 4, field="strength")
+    images = torch.randn(4, 3, 16, 16)
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    torch.testing.assert_close(fused(images), plain(images))
+    for t in range(1, 6):
+        schedule.step()
+        assert fused.pattern == dropout.pattern == pattern.scaled(min(t, 4) / 4)
+    assert LinearSchedule(BatchNormPatternReLU2d(3, pattern), 0.1, 0.2, 4, field="size").value == 0.1
 
 
 # ---- compiled ------------------------------------------------------------------------------------------------------
@@ -307,7 +321,7 @@ TILED = PatternDropout(TiledPattern(0.2, stride=0.2, repeat=0))
     ("arguments", "error", "message"),
     [
         (("model", 0.0, 0.1, 5), TypeError, r"^model must be an nn.Module, got str$"),
-        ((nn.ReLU(), 0.0, 0.1, 5), ValueError, r"^model must have a PatternDropout, got ReLU without one$"),
+        ((nn.ReLU(), 0.0, 0.1, 5), ValueError, r"^model must have a PatternDropout or .* got ReLU without one$"),
         ((DropPath(), 0.0, 1.1, 5), ValueError, r"^end must .* of model: rate must be in \[0, 1\], got 1.1$"),
         ((DropBlock2d(0.1, 3), 0.96, 0.0, 5), ValueError, r"^start .* rate must be in \[0, 0.95\], got 0.96$"),
         ((DropPath(), float("nan"), 0.1, 5), ValueError, r"^start .* rate must be in .*, got nan$"),
@@ -341,6 +355,25 @@ def test_the_site_is_named() -> None:
     with pytest.raises(ValueError, match=r"^end must be allowed by the pattern of 1: rate must be in \[0, 0.95\]"):
         LinearSchedule(layers, 0.0, 1.0, 5)
     assert patterns(layers)[0].rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (TiledPattern(0.3), r"^pattern of 1 must have a field 'rate', got TiledPattern\("),
+        (BlockPattern(0.3, 3), r"^value must be allowed by the pattern of 1: rate must be in \[0, 0.95\], got 1.0$"),
+    ],
+)
+def test_a_step_that_fails_changes_nothing(pattern: Any, message: str) -> None:
+    layers = nn.Sequential(DropPath(0.1), PatternDropout(BernoulliPattern(0.1)))
+    schedule = LinearSchedule(layers, 0.0, 1.0, 2)
+    schedule.step()
+    layers[1].pattern = pattern
+    before = patterns(layers)
+    with pytest.raises(ValueError, match=message):
+        schedule.step()
+    assert schedule.last_step == 1
+    assert patterns(layers) == before
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,13 @@ import torch
 import torchvision
 from torch import nn
 
+from autodropout import Policy
+from autodropout import TiledPattern
+from autodropout import apply_policy
 from autodropout.conventions import SKIP_CHILDREN
 from autodropout.conventions import register_residual_block
 from autodropout.conventions import skip_child
+from autodropout.fused import BatchNormPatternReLU2d
 from autodropout.reproduce.models.wide_resnet import WideResNet
 from autodropout.sites import ModelSite
 from autodropout.sites import find_sites
@@ -271,3 +275,40 @@ def test_blocks_are_known_through_their_bases() -> None:
 
     assert skip_child(Mine(4, 4)) == "downsample"
     assert skip_child(BasicBlock()) is None  # the name alone is not enough
+
+
+def test_a_layer_with_a_pattern_of_its_own_is_no_site() -> None:
+    model = nn.Sequential(BatchNormPatternReLU2d(3, TiledPattern(0.2)), nn.BatchNorm2d(3))
+    assert names(model) == names(model, IMAGE) == ["1"]
+    with pytest.raises(ValueError, match="model has no sites of place 'batch_norm'"):
+        apply_policy(model[:1], Policy.uniform(TiledPattern(0.2)), IMAGE)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^model must be an nn\.Module, got NoneType$"):
+        find_sites(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("example", [[IMAGE], "image", IMAGE.numpy(), 3])
+def test_what_is_no_example_is_refused(example: Any) -> None:
+    kind = type(example).__name__
+    message = (
+        "^example must be a tensor, a tuple of positional or a mapping of keyword arguments, "
+        rf"got {kind}; \(example,\) for a model that is called with one {kind}$"
+    )
+    model = nn.BatchNorm2d(3)
+    with pytest.raises(TypeError, match=message):
+        find_sites(model, example)
+    with pytest.raises(TypeError, match=message):
+        apply_policy(model, Policy.uniform(TiledPattern(0.2)), example)
+
+
+def test_lazy_modules_are_refused_until_they_have_run() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    with pytest.raises(
+        ValueError, match=r"^model must have initialised parameters, got a LazyConv2d that has never run at '1'$"
+    ):
+        find_sites(model, IMAGE)
+    assert isinstance(model[1], nn.LazyConv2d)
+    model(IMAGE)
+    assert names(model, IMAGE) == ["0", "2"]

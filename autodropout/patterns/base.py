@@ -16,6 +16,7 @@ from .checks import choice
 from .checks import json_fields
 from .checks import json_object
 from .checks import prefixed
+from .checks import shape_of
 
 _KINDS: dict[str, type[Pattern]] = {}
 
@@ -56,7 +57,11 @@ class Pattern(ABC):
 
     @abstractmethod
     def expected_rate(self, height: int, width: int) -> float:
-        """The exact expected share of dropped cells on a map of height x width cells, in [0, 1]."""
+        """The exact expected share of dropped cells on a map of height x width cells, in [0, 1].
+
+        Raises:
+            TypeError, ValueError: a side is not a whole number >= 1; the message names it.
+        """
 
     @abstractmethod
     def scaled(self, factor: float) -> Pattern:
@@ -76,9 +81,13 @@ class Pattern(ABC):
 
         Returns:
             Bool tensor (N, C, H, W), True = kept, on the device of the seed; on the CPU if that is an integer.
+
+        Raises:
+            TypeError, ValueError: an argument is not what is stated above; the message names it.
         """
+        shape = shape_of(N=N, C=C, H=H, W=W)
         device = seed.device if isinstance(seed, torch.Tensor) else "cpu"
-        return self._drop(torch.ones((N, C, H, W), dtype=torch.float32, device=device), seed, rank) != 0
+        return self._drop(torch.ones(shape, dtype=torch.float32, device=device), seed, rank) != 0
 
     def to_json(self) -> dict[str, Any]:
         """The pattern as a JSON object: `op` and every field."""

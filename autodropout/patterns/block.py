@@ -12,6 +12,7 @@ from .base import Pattern
 from .checks import flag
 from .checks import integer
 from .checks import real
+from .checks import sides
 
 MAX_RATE = 0.95
 MAX_BLOCK = 2**31 - 1
@@ -44,6 +45,7 @@ class BlockPattern(Pattern):
 
     def expected_rate(self, height: int, width: int) -> float:
         """The rate, on every map: the op solves for the block probability that delivers it."""
+        sides(height, width)
         return self.rate
 
     def scaled(self, factor: float) -> BlockPattern:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+MAX_SIDE = 2**31 - 1
+
 
 def real(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     """`value` as a float in [low, high]; NaN, infinities and bools are refused, integers and NumPy numbers are not."""
@@ -42,6 +44,16 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
+def sides(height: object, width: object) -> tuple[int, int]:
+    """The sides of a map, in cells."""
+    return integer("height", height, 1, MAX_SIDE), integer("width", width, 1, MAX_SIDE)
+
+
+def shape_of(**sizes: object) -> tuple[int, ...]:
+    """The sizes by name as a shape; a tensor may be empty."""
+    return tuple(integer(name, size, 0, MAX_SIDE) for name, size in sizes.items())
+
+
 def flag(name: str, value: object) -> bool:
     """`value` as a bool; 0 and 1 are refused."""
     if not isinstance(value, (bool, np.bool_)):
@@ -51,12 +63,12 @@ def flag(name: str, value: object) -> bool:
 
 def choice(name: str, value: object, allowed: Collection[str]) -> str:
     """`value`, one of the allowed strings."""
+    if isinstance(value, str) and value in allowed:
+        return value
     names = ", ".join(repr(a) for a in allowed)
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {names}, got {value!r} of type {type(value).__name__}")
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {names}, got {value!r}")
-    return value
+    raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
 
 def json_object(path: str, data: object) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from .base import Pattern
+from .checks import MAX_SIDE
 from .checks import flag
 from .checks import integer
 from .checks import real
@@ -91,7 +92,7 @@ class TiledPattern(Pattern):
         if len(sides) not in (1, 2):
             raise TypeError(f"sides must be (height, width) or (length,), got {sides!r}")
         names = ("height", "width") if len(sides) == 2 else ("length",)
-        checked = [integer(name, side, 1, 2**31 - 1) for name, side in zip(names, sides, strict=True)]
+        checked = [integer(name, side, 1, MAX_SIDE) for name, side in zip(names, sides, strict=True)]
         return atlas_of(self.fields(), checked)
 
     def expected_rate(self, *sides: int) -> float:

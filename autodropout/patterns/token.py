@@ -13,9 +13,11 @@ from typing import ClassVar
 import torch
 
 from .base import Pattern
+from .checks import MAX_SIDE
 from .checks import flag
 from .checks import integer
 from .checks import real
+from .checks import shape_of
 
 MAX_SPAN = 2**30 - 1
 
@@ -70,7 +72,7 @@ class TokenPattern(Pattern):
         """
         if width is not None:
             raise ValueError(f"pattern must be one of maps to be used on one of {tokens}x{width} cells, got {self!r}")
-        tokens = integer("tokens", tokens, 1, 2**31 - 1)
+        tokens = integer("tokens", tokens, 1, MAX_SIDE)
         return self.rate * (1.0 if self.size >= tokens else self.size / (self.size + self.stride))
 
     def scaled(self, factor: float) -> TokenPattern:
@@ -89,9 +91,13 @@ class TokenPattern(Pattern):
 
         Returns:
             Bool tensor (N, T, C), True = kept, on the device of the seed; on the CPU if that is an integer.
+
+        Raises:
+            TypeError, ValueError: an argument is not what is stated above; the message names it.
         """
+        shape = shape_of(N=N, T=T, C=C)
         device = seed.device if isinstance(seed, torch.Tensor) else "cpu"
-        return self._drop(torch.ones((N, T, C), dtype=torch.float32, device=device), seed, rank) != 0
+        return self._drop(torch.ones(shape, dtype=torch.float32, device=device), seed, rank) != 0
 
     def _drop(self, x: torch.Tensor, seed: int | torch.Tensor, rank: int) -> torch.Tensor:
         from ..kernels import token_dropout

@@ -19,11 +19,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..loading import load_file
 from ..policy import Policy
 from .core import DIRECTIONS
 from .space import SearchSpace
@@ -81,16 +81,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     path = Path(path).resolve()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     name = f"autodropout_recipe_{path.stem}_{digest[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"recipe must be a Python file, got {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    module = load_file("recipe", path, name)
     for needed in ("space", "train"):
         if not callable(getattr(module, needed, None)):
             raise ValueError(f"recipe {path} must define a function {needed}")
