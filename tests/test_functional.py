@@ -206,6 +206,7 @@ def test_made_in_inference_mode_it_trains(pattern: Pattern) -> None:
         changed = PatternDropout(BernoulliPattern(0.5))
         changed.pattern = pattern
     for drops in (lambda x: call_op(x, pattern, seed=SEED), module, changed):
+        torch.manual_seed(2)  # with which every pattern drops something: "sample" keeps both with probability 0.49
         (gradient,) = torch.autograd.grad(drops(x).sum(), x)
         assert bool((gradient == 0).any())
 
