@@ -21,6 +21,16 @@ PATTERN = TiledPattern(0.3, 0.25, 2, 30.0, 0.2)
 FIELDS = PATTERN.fields()
 
 
+def check_a_step(module: BatchNormPatternReLU2d, norm: torch.nn.BatchNorm2d, x: torch.Tensor, seed: int) -> None:
+    """The module gives what the chain gives under the same seed, and both have the same state after it."""
+    torch.manual_seed(seed)
+    y = module(x)
+    torch.manual_seed(seed)
+    assert torch.equal(y, torch.relu(tiled_dropout(norm(x), FIELDS)))
+    for name, value in norm.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+
+
 def test_the_module_is_the_chain_of_three_modules() -> None:
     norm = torch.nn.BatchNorm2d(5, eps=1e-3, momentum=0.3)
     with torch.no_grad():
@@ -30,14 +40,9 @@ def test_the_module_is_the_chain_of_three_modules() -> None:
     assert module.state_dict().keys() == norm.state_dict().keys()
     module.load_state_dict(norm.state_dict())
     for i in range(3):
-        x = torch.randn(4, 5, 6, 7)
-        torch.manual_seed(i)
-        y = module(x)
-        torch.manual_seed(i)
-        assert torch.equal(y, torch.relu(tiled_dropout(norm(x), FIELDS)))
-    for name, value in norm.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+        check_a_step(module, norm, torch.randn(4, 5, 6, 7), seed=i)
     norm.load_state_dict(module.state_dict())
+    x = torch.randn(4, 5, 6, 7)
     assert torch.equal(module.eval()(x), torch.relu(norm.eval()(x)))
 
 
@@ -45,13 +50,7 @@ def test_the_module_is_the_chain_of_three_modules() -> None:
 def test_the_module_with_other_options(options: dict[str, Any]) -> None:
     norm, module = torch.nn.BatchNorm2d(5, **options), BatchNormPatternReLU2d(5, PATTERN, **options)
     for i in range(3):
-        x = torch.randn(4, 5, 6, 7)
-        torch.manual_seed(i)
-        y = module(x)
-        torch.manual_seed(i)
-        assert torch.equal(y, torch.relu(tiled_dropout(norm(x), FIELDS)))
-    for name, value in norm.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+        check_a_step(module, norm, torch.randn(4, 5, 6, 7), seed=i)
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
@@ -62,13 +61,9 @@ def test_the_module_stops_and_resumes_tracking(momentum: float | None) -> None:
         norm.track_running_stats = module.track_running_stats = tracked
         before = copy.deepcopy(module.state_dict())
         x = torch.randn(4, 5, 6, 7) + 3
-        torch.manual_seed(i)
-        y = module(x)
-        torch.manual_seed(i)
-        assert torch.equal(y, torch.relu(tiled_dropout(norm(x), FIELDS)))
+        check_a_step(module, norm, x, seed=i)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             assert torch.equal(module.state_dict()[name], before[name]) != tracked
-            torch.testing.assert_close(module.state_dict()[name], norm.state_dict()[name], rtol=1e-6, atol=1e-7)
     norm.load_state_dict(module.state_dict())
     module.track_running_stats = norm.track_running_stats = False
     assert torch.equal(module.eval()(x), torch.relu(norm.eval()(x)))
